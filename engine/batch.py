@@ -65,7 +65,15 @@ class Batch:
             arrays["adapter_index"] = np.asarray(adapter_index, np.int32)
         tensors = upload(arrays, device)
         longest = int(lens.max(initial=0))
-        return Batch(**tensors, max_query_len=longest, max_context_len=longest)
+        return Batch(
+            token_ids=tensors["token_ids"],
+            positions=tensors["positions"],
+            query_starts=tensors["query_starts"],
+            context_lens=tensors["context_lens"],
+            adapter_index=tensors.get("adapter_index"),
+            max_query_len=longest,
+            max_context_len=longest,
+        )
 
 
 def upload(arrays: Mapping[str, np.ndarray], device: torch.device | str) -> dict[str, torch.Tensor]:
