@@ -1,0 +1,189 @@
+"""Packed variable-length attention, forward and backward.
+
+For every sequence of the packed batch, head h and query i, over the keys j of the same sequence:
+
+    s_ij = softmax_scale · q_i·k_j − slope_h · |i − j|        out_i = Σ_j softmax_j(s_ij) v_j        lse_i = log Σ_j exp(s_ij)
+
+Causal attention sees j ≤ i; a sliding window sees |i − j| < window. Query heads share key/value heads in consecutive groups of
+H/K. Sequences are packed along T with starts ``query_starts`` [B+1]; nothing is padded. ALiBi: Press et al., "Train Short, Test
+Long", 2022. Online softmax and the recomputing backward: Dao, "FlashAttention-2", 2023.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from .dispatch import choose_backend
+
+OP = "attention_prefill"
+QUERY_BLOCK = 256  # rows of a bias tile in the torch backend: bounds its memory and skips the keys above the diagonal
+
+
+def alibi_slopes(num_heads: int, bias_max: float = 8, device: torch.device | str | None = None) -> torch.Tensor:
+    """Slopes f32[H], in MPT's order.
+
+    For a power of two n the slopes are 2^(−bias_max·i/n), i = 1…n. Otherwise those of the next power of two are taken, the odd-numbered
+    ones (i = 2, 4, …) first, then the others, and cut to ``num_heads``.
+    """
+    if num_heads < 1:
+        raise ValueError(f"alibi_slopes: num_heads is {num_heads}; allowed: 1 or more")
+    rounded = 1 << (num_heads - 1).bit_length()
+    exponents = torch.arange(1, rounded + 1, dtype=torch.float32) * (bias_max / rounded)
+    slopes = torch.pow(2.0, -exponents)
+    if rounded != num_heads:
+        slopes = torch.cat([slopes[1::2], slopes[::2]])[:num_heads]
+    return slopes.to(device) if device is not None else slopes
+
+
+def bias_tile(
+    query_positions: torch.Tensor,
+    key_positions: torch.Tensor,
+    slopes: torch.Tensor | None,
+    window: int | None,
+    causal: bool,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Additive bias [1 or H, queries, keys]: ALiBi where allowed, −inf where masked."""
+    distance = query_positions[:, None] - key_positions[None, :]
+    span = distance.abs()
+    masked = distance < 0 if causal else torch.zeros_like(distance, dtype=torch.bool)
+    if window is not None:
+        masked = masked | (span >= window)
+    if slopes is None:
+        bias = torch.zeros((1, *distance.shape), dtype=dtype, device=distance.device)
+    else:
+        bias = -slopes.to(dtype)[:, None, None] * span.to(dtype)
+    return bias.masked_fill_(masked, float("-inf"))
+
+
+def attention_prefill_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    query_starts: torch.Tensor,
+    *,
+    max_query_len: int,
+    softmax_scale: float,
+    alibi_slopes: torch.Tensor | None = None,
+    window: int | None = None,
+    causal: bool = True,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """The readable truth: one sequence at a time, whole score matrix, in fp32 (fp64 stays fp64). Differentiable by autograd."""
+    accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
+    group = q.shape[1] // k.shape[1]
+    starts = query_starts.tolist()
+    outs, lses = [], []
+    for start, stop in zip(starts[:-1], starts[1:], strict=True):
+        qs = q[start:stop].to(accumulate)
+        ks = k[start:stop].to(accumulate).repeat_interleave(group, dim=1)
+        vs = v[start:stop].to(accumulate).repeat_interleave(group, dim=1)
+        positions = torch.arange(stop - start, device=q.device)
+        scores = torch.einsum("ihd,jhd->hij", qs, ks) * softmax_scale
+        scores = scores + bias_tile(positions, positions, alibi_slopes, window, causal, accumulate)
+        lse = torch.logsumexp(scores, dim=-1)
+        outs.append(torch.einsum("hij,jhd->ihd", torch.exp(scores - lse[..., None]), vs))
+        lses.append(lse.transpose(0, 1))
+    out = torch.cat(outs) if outs else q.new_zeros(q.shape, dtype=accumulate)
+    lse = torch.cat(lses) if lses else q.new_zeros(q.shape[:2], dtype=accumulate)
+    out = out.to(q.dtype)
+    return (out, lse.to(accumulate)) if return_lse else out
+
+
+def sdpa_sequence(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    first_position: int,
+    softmax_scale: float,
+    slopes: torch.Tensor | None,
+    window: int | None,
+    causal: bool,
+) -> torch.Tensor:
+    """Queries [N,L,H,D] at positions first_position… against keys [N,M,K,D] at positions 0…, by scaled_dot_product_attention."""
+    num_queries, num_keys = q.shape[1], k.shape[1]
+    grouped = q.shape[2] != k.shape[2]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    plain = slopes is None and (window is None or window >= num_keys)
+    square = first_position == 0 and num_queries == num_keys
+    if plain and (not causal or square or num_queries == 1):
+        is_causal = causal and num_queries > 1
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=softmax_scale, enable_gqa=grouped)
+        return out.transpose(1, 2)
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    positions = torch.arange(first_position, first_position + num_queries, device=q.device)
+    keys = torch.arange(num_keys, device=q.device)
+    outs = []
+    for start in range(0, num_queries, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, num_queries)
+        first = 0 if window is None else max(0, first_position + start - window + 1)
+        last = num_keys if not causal else min(num_keys, first_position + stop)
+        bias = bias_tile(positions[start:stop], keys[first:last], slopes, window, causal, dtype)
+        if q.is_cuda:
+            bias = bias.to(q.dtype)
+        outs.append(
+            F.scaled_dot_product_attention(
+                q[:, :, start:stop],
+                k[:, :, first:last],
+                v[:, :, first:last],
+                attn_mask=bias[None].expand(q.shape[0], q.shape[1], -1, -1),
+                scale=softmax_scale,
+                enable_gqa=grouped,
+            )
+        )
+    return (outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)).transpose(1, 2)
+
+
+def _torch_prefill(q, k, v, query_starts, softmax_scale, slopes, window, causal) -> torch.Tensor:
+    """One SDPA call per sequence, or one for all where every sequence has the same length."""
+    starts = query_starts.tolist()
+    lengths = [stop - start for start, stop in zip(starts[:-1], starts[1:], strict=True)]
+    if not lengths or q.shape[0] == 0:
+        return torch.zeros_like(q)
+    if len(set(lengths)) == 1:
+        q_, k_, v_ = (x.unflatten(0, (len(lengths), lengths[0])) for x in (q, k, v))
+        return sdpa_sequence(q_, k_, v_, 0, softmax_scale, slopes, window, causal).reshape(q.shape)
+    outs = []
+    for start, stop in zip(starts[:-1], starts[1:], strict=True):
+        if stop > start:
+            q_, k_, v_ = (x[None, start:stop] for x in (q, k, v))
+            outs.append(sdpa_sequence(q_, k_, v_, 0, softmax_scale, slopes, window, causal)[0])
+    return torch.cat(outs)
+
+
+def attention_prefill(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    query_starts: torch.Tensor,
+    *,
+    max_query_len: int,
+    softmax_scale: float,
+    alibi_slopes: torch.Tensor | None = None,
+    window: int | None = None,
+    causal: bool = True,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention within each packed sequence. Differentiable in q, k and v.
+
+    q [T,H,D], k and v [T,K,D] with K dividing H, query_starts int32 [B+1] from 0 to T, alibi_slopes f32 [H].
+    Returns out [T,H,D] like q, and with ``return_lse`` also lse f32 [T,H] (no gradient flows through lse).
+    Backends: "triton", "torch" (SDPA per sequence).
+    """
+    chosen = choose_backend(OP, q, backend, ("torch",))
+    del chosen
+    if return_lse:
+        return attention_prefill_reference(
+            q, k, v, query_starts, max_query_len=max_query_len, softmax_scale=softmax_scale, alibi_slopes=alibi_slopes,
+            window=window, causal=causal, return_lse=True,
+        )  # fmt: skip
+    return _torch_prefill(q, k, v, query_starts, float(softmax_scale), alibi_slopes, window, causal)
+
+
+def default_scale(head_dim: int) -> float:
+    """1/√D, the usual softmax scale."""
+    return 1.0 / math.sqrt(head_dim)
