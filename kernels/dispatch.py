@@ -1,12 +1,40 @@
-"""Which backend runs an op: the one asked for, else Triton for CUDA tensors, else torch (or an op's own CPU default)."""
+"""Which backend runs an op: the one asked for, else Triton for CUDA tensors, else torch (or an op's own CPU default).
+
+Also the one place that knows whether Triton is installed: kernel files take ``triton`` and ``tl`` from here, so that they
+import on a machine without it (macOS, aarch64).
+"""
 
 from __future__ import annotations
 
-import importlib.util
+from typing import Any
 
 import torch
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+except ImportError:
+    HAS_TRITON = False
+
+    class _AbsentTriton:
+        """Lets ``@triton.jit`` definitions load; ``choose_backend`` refuses before one could be launched."""
+
+        @staticmethod
+        def jit(function: Any = None, **_: Any) -> Any:
+            return function if function is not None else lambda f: f
+
+        @staticmethod
+        def cdiv(a: int, b: int) -> int:
+            return -(-a // b)
+
+        @staticmethod
+        def next_power_of_2(n: int) -> int:
+            return 1 << max(n - 1, 0).bit_length()
+
+    triton: Any = _AbsentTriton()
+    tl: Any = None
 
 
 def choose_backend(
@@ -24,3 +52,8 @@ def choose_backend(
     if backend == "triton" and not HAS_TRITON:
         raise ValueError(f"{op}: backend 'triton' needs the triton package, which is not installed; pass backend='torch'")
     return backend
+
+
+def bad_argument(op: str, argument: str, given: object, allowed: object) -> ValueError:
+    """The one wording for an argument that does not fit; raise what this returns, before any launch."""
+    return ValueError(f"{op}: argument {argument} is {given}; allowed: {allowed}")
