@@ -50,7 +50,9 @@ def choose_backend(
     if backend not in available:
         raise ValueError(f"{op}: backend {backend!r} is not available; allowed: {', '.join(available)}")
     if backend == "triton" and not HAS_TRITON:
-        raise ValueError(f"{op}: backend 'triton' needs the triton package, which is not installed; pass backend='torch'")
+        raise ValueError(
+            f"{op}: backend 'triton' needs the triton package, which is not installed; pass backend='torch'"
+        )
     return backend
 
 

@@ -56,7 +56,9 @@ def layernorm(
     Raises ValueError where shapes do not fit.
     """
     if weight.dim() != 1 or x.shape[-1] != weight.shape[0]:
-        raise bad_argument("layernorm", "weight", f"of shape {tuple(weight.shape)}", f"[{x.shape[-1]}], x's last dimension")
+        raise bad_argument(
+            "layernorm", "weight", f"of shape {tuple(weight.shape)}", f"[{x.shape[-1]}], x's last dimension"
+        )
     if bias is not None and bias.shape != weight.shape:
         raise bad_argument("layernorm", "bias", f"of shape {tuple(bias.shape)}", f"{tuple(weight.shape)}")
     if residual is not None and residual.shape != x.shape:

@@ -45,7 +45,9 @@ def rmsnorm(
     Raises ValueError where shapes do not fit.
     """
     if weight.dim() != 1 or x.shape[-1] != weight.shape[0]:
-        raise bad_argument("rmsnorm", "weight", f"of shape {tuple(weight.shape)}", f"[{x.shape[-1]}], x's last dimension")
+        raise bad_argument(
+            "rmsnorm", "weight", f"of shape {tuple(weight.shape)}", f"[{x.shape[-1]}], x's last dimension"
+        )
     if residual is not None and residual.shape != x.shape:
         raise bad_argument("rmsnorm", "residual", f"of shape {tuple(residual.shape)}", f"x's shape {tuple(x.shape)}")
     choose_backend("rmsnorm", x, backend, ("torch",))

@@ -31,7 +31,9 @@ def rope(
     if x.dim() != 3 or x.shape[-1] % 2:
         raise bad_argument("rope", "x", f"of shape {tuple(x.shape)}", "[T, H, D] with D even")
     if cos.dim() != 2 or cos.shape[1] * 2 != x.shape[-1] or sin.shape != cos.shape:
-        raise bad_argument("rope", "cos/sin", f"of shapes {tuple(cos.shape)}/{tuple(sin.shape)}", f"both [M, {x.shape[-1] // 2}]")
+        raise bad_argument(
+            "rope", "cos/sin", f"of shapes {tuple(cos.shape)}/{tuple(sin.shape)}", f"both [M, {x.shape[-1] // 2}]"
+        )
     if positions.shape != x.shape[:1]:
         raise bad_argument("rope", "positions", f"of shape {tuple(positions.shape)}", f"[{x.shape[0]}]")
     choose_backend("rope", x, backend, ("torch",))
