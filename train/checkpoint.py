@@ -1,0 +1,59 @@
+"""Atomic checkpoints: one safetensors file holding tensors and, as JSON in its metadata, everything else.
+
+The file is written under another name, flushed to the disk and renamed, so a reader finds the old checkpoint or the new
+one and never a part of one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from specialize.errors import InputError
+
+FORMAT = "specialize-train-1"
+
+
+def write_atomic(path: str | Path, content: bytes) -> None:
+    """Replaces ``path`` by ``content`` so that a crash at any moment leaves the old file or the new one."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def save_checkpoint(path: str | Path, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
+    """Writes ``tensors`` and the JSON-able ``state``; floats survive bit for bit."""
+    on_host = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    write_atomic(path, save(on_host, metadata={"format": FORMAT, "state": json.dumps(state)}))
+
+
+def load_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """(tensors, state) as saved. Raises InputError where the file is no checkpoint of ours or is damaged."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise InputError(f"{path}: not a training checkpoint; delete it or pass another output folder")
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["state"])  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise InputError(f"{path}: damaged checkpoint ({error}); delete it to train from the start") from error
