@@ -36,6 +36,7 @@ class KernelSpec:
     ``make_inputs(case, device, dtype, seed)`` returns the keyword arguments that ``run`` and ``reference`` both take.
     ``run`` also takes ``backend``. ``peers`` maps a name to a function of the same inputs, timed beside ours.
     ``compile_cases(target)`` lists the shipped configurations for compute capability ``target`` (80, 90, 100).
+    ``tuning(case)`` gives the shape bucket and the configurations worth timing for it (see tuning.py), where there are any.
     """
 
     op: str
@@ -49,3 +50,4 @@ class KernelSpec:
     compile_cases: Callable[[int], list[CompileCase]]
     peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     row_invariant: bool = True
+    tuning: Callable[[Case], tuple[str, list[dict[str, Any]]]] | None = None
