@@ -1,0 +1,170 @@
+"""Output projection and cross-entropy in one op, in chunks of rows, so that no [N, V] logits of all rows exist.
+
+With logits z = logit_scale · h Wᵀ and lse = log Σ exp z, summed over the counted rows:
+
+    loss = Σ_n w_n · (lse_n − z_n[t_n] + z_loss · lse_n²)
+    dh_n = w_n · logit_scale · (softmax(z_n) · (1 + 2 z_loss lse_n) − onehot(t_n)) W
+
+The gradient is made in the forward pass, chunk by chunk, from the logits that lie there anyway: a backward pass of its
+own would have to multiply by W once more. Ignored rows are left out before the first GEMM.
+Shapes: hidden [N, C], weight [V, C], targets i64 [N], weights f32 [N]. Deviation from torch's cross_entropy: the sum,
+never the mean, and always fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .checks import bad_argument
+from .dispatch import choose_backend
+
+OP = "linear_cross_entropy"
+CPU_CHUNK_ROWS = 256  # the GEMMs reach their rate
+CPU_BLOCK_ROWS = 64  # the fp32 copy of the logits stays in the cache
+
+
+def linear_cross_entropy_reference(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    logit_scale: float = 1.0,
+    z_loss: float = 0.0,
+    ignore_index: int = -100,
+    weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The definition over whole logits; differentiable by autograd. fp64 in, fp64 out; else fp32."""
+    compute = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    counted = targets != ignore_index
+    logits = (hidden @ weight.t()).to(compute) * logit_scale
+    lse = torch.logsumexp(logits, dim=-1)
+    picked = logits.gather(1, torch.where(counted, targets, 0)[:, None]).squeeze(1)
+    loss = lse - picked + z_loss * lse.square()
+    if weights is not None:
+        loss = loss * weights.to(compute)
+    return torch.where(counted, loss, torch.zeros_like(loss)).sum()
+
+
+def _chunk_torch(logits, targets, logit_scale, z_loss, buffer, want_grad):
+    """Logits [n, V] of one chunk → losses f32 [n]; in place, the logits' gradient in units of w·logit_scale."""
+    rows = torch.arange(CPU_BLOCK_ROWS, device=logits.device)
+    losses = torch.empty(logits.shape[0], dtype=buffer.dtype, device=logits.device)
+    for start in range(0, logits.shape[0], CPU_BLOCK_ROWS):
+        block = logits[start : start + CPU_BLOCK_ROWS]
+        target = targets[start : start + CPU_BLOCK_ROWS]
+        row, p = rows[: block.shape[0]], buffer[: block.shape[0]]
+        if logit_scale == 1.0:
+            largest, picked = block.amax(dim=-1).to(p.dtype), block[row, target].to(p.dtype)
+            torch.softmax(block, dim=-1, dtype=p.dtype, out=p)
+        else:
+            p.copy_(block).mul_(logit_scale)
+            largest, picked = p.amax(dim=-1), p[row, target]
+            torch.softmax(p, dim=-1, out=p)
+        # the largest probability is 1 / Σ exp(z − max), so it gives lse exactly and never underflows
+        lse = largest - p.amax(dim=-1).log()
+        losses[start : start + block.shape[0]] = lse - picked + z_loss * lse.square()
+        if want_grad:
+            if z_loss:
+                p.mul_((1.0 + 2.0 * z_loss * lse)[:, None])
+            p[row, target] -= 1.0
+            block.copy_(p)
+    return losses
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden, weight, targets, weights, logit_scale, z_loss, ignore_index, backend):  # type: ignore[override]
+        want_hidden, want_weight = ctx.needs_input_grad[:2]
+        num_rows = hidden.shape[0]
+        rows = (targets != ignore_index).nonzero().squeeze(1)
+        num_counted = rows.shape[0]
+        all_counted = num_counted == num_rows
+        picked_hidden = hidden if all_counted else hidden.index_select(0, rows)
+        picked_targets = targets if all_counted else targets.index_select(0, rows)
+        row_weights = None
+        if weights is not None:
+            row_weights = weights if all_counted else weights.index_select(0, rows)
+        compute = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        total = torch.zeros((), dtype=compute, device=hidden.device)
+        grad_rows = torch.empty_like(picked_hidden) if want_hidden else None
+        grad_weight = torch.zeros(weight.shape, dtype=compute, device=weight.device) if want_weight else None
+        chunk = min(CPU_CHUNK_ROWS, max(num_counted, 1))
+        logits_buffer = torch.empty(chunk, weight.shape[0], dtype=hidden.dtype, device=hidden.device)
+        fp32_buffer = torch.empty(min(chunk, CPU_BLOCK_ROWS), weight.shape[0], dtype=compute, device=hidden.device)
+        for start in range(0, num_counted, chunk):
+            stop = min(start + chunk, num_counted)
+            part = picked_hidden[start:stop]
+            logits = torch.mm(part, weight.t(), out=logits_buffer[: stop - start])
+            losses = _chunk_torch(
+                logits, picked_targets[start:stop], logit_scale, z_loss, fp32_buffer, want_hidden or want_weight
+            )
+            scale = None
+            if row_weights is not None:
+                scale = row_weights[start:stop].to(compute)
+                losses = losses * scale
+            total += losses.sum()
+            factor = logit_scale if scale is None else scale[:, None] * logit_scale
+            if grad_rows is not None:
+                torch.mm(logits, weight, out=grad_rows[start:stop])
+                if scale is not None or logit_scale != 1.0:
+                    grad_rows[start:stop] *= factor
+            if grad_weight is not None:
+                grad_weight += torch.mm(logits.t(), (part * factor).to(part.dtype))
+        grad_hidden = grad_rows
+        if grad_rows is not None and not all_counted:
+            grad_hidden = torch.zeros_like(hidden).index_copy_(0, rows, grad_rows)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor):  # type: ignore[override]
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None, None, None, None
+
+
+def _validate(hidden, weight, targets, weights, logit_scale, z_loss) -> None:
+    if hidden.ndim != 2 or not hidden.is_floating_point():
+        raise bad_argument(OP, "hidden", f"{hidden.dtype} {tuple(hidden.shape)}", "a floating-point [N, C]")
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[1] or weight.shape[0] == 0:
+        raise bad_argument(OP, "weight", tuple(weight.shape), f"[V, {hidden.shape[1]}], V above 0")
+    if weight.dtype != hidden.dtype:
+        raise bad_argument(OP, "weight", weight.dtype, f"hidden's {hidden.dtype}")
+    if targets.shape != (hidden.shape[0],) or targets.dtype != torch.int64:
+        raise bad_argument(OP, "targets", f"{targets.dtype} {tuple(targets.shape)}", f"int64 [{hidden.shape[0]}]")
+    if weights is not None and (weights.shape != (hidden.shape[0],) or not weights.is_floating_point()):
+        raise bad_argument(OP, "weights", f"{weights.dtype} {tuple(weights.shape)}", f"float32 [{hidden.shape[0]}]")
+    for name, tensor in (("weight", weight), ("targets", targets), ("weights", weights)):
+        if tensor is not None and tensor.device != hidden.device:
+            raise bad_argument(OP, name, f"on {tensor.device}", f"hidden's device {hidden.device}")
+    if not logit_scale > 0:
+        raise bad_argument(OP, "logit_scale", logit_scale, "a number above 0")
+    if not z_loss >= 0:
+        raise bad_argument(OP, "z_loss", z_loss, "0 or more")
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    logit_scale: float = 1.0,
+    z_loss: float = 0.0,
+    ignore_index: int = -100,
+    weights: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """The summed loss, a scalar in fp32; differentiable in hidden, and in weight where it asks for a gradient.
+
+    ``weights`` multiply each row's loss and carry no gradient. A target outside [0, V) that is not ``ignore_index``
+    is an error on the CPU; on a GPU such a row gives NaN.
+    """
+    _validate(hidden, weight, targets, weights, logit_scale, z_loss)
+    name = choose_backend(OP, hidden, backend, ("torch", "triton"))
+    return _LinearCrossEntropy.apply(hidden, weight, targets, weights, logit_scale, z_loss, ignore_index, name)

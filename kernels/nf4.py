@@ -1,0 +1,139 @@
+"""NF4: 4-bit weights in blocks of 64 on the normal-float codebook, with double-quantised block scales.
+
+Definition (Dettmers et al., "QLoRA", arXiv 2305.14314, §3 and appendix E): a block's 64 values are divided by their
+largest magnitude (absmax) and rounded to the nearest of 16 codebook values, ties to the lower one. The absmax of all
+blocks, less their mean, are quantised again: in blocks of 256, divided by that block's largest magnitude, to the
+nearest of the 256 values of the signed 8-bit dynamic-exponent map (Dettmers et al., arXiv 2110.02861, §2.1).
+
+    w ≈ codebook[code] · absmax         absmax = map[index] · scale + offset
+
+Shapes: w [out, in] with in a multiple of 64; codes u8 [out, in/2], the even element of a pair in the high four bits;
+absmax_index u8 [out, in/64]; absmax_scale f32 [⌈out·in/64/256⌉] over the flattened index; absmax_offset f32 [1].
+A weight costs 4 + 8/64 + 32/16384 = 4.127 bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from .checks import bad_argument
+
+BLOCK = 64
+SCALE_BLOCK = 256
+
+# Appendix E of the paper.
+CODEBOOK = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class NF4Weight:
+    """A weight [out, in] in NF4; the fields are those of the module's docstring."""
+
+    codes: torch.Tensor
+    absmax_index: torch.Tensor
+    absmax_scale: torch.Tensor
+    absmax_offset: torch.Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.codes.shape[0], 2 * self.codes.shape[1]))
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
+    def num_bytes(self) -> int:
+        return self.codes.numel() + self.absmax_index.numel() + 4 * self.absmax_scale.numel() + 4
+
+    def to(self, device: torch.device | str) -> NF4Weight:
+        return NF4Weight(
+            *(t.to(device) for t in (self.codes, self.absmax_index, self.absmax_scale, self.absmax_offset))
+        )
+
+
+@lru_cache(maxsize=1)
+def dynamic_map() -> tuple[float, ...]:
+    """The 256 values of the signed dynamic-exponent map, ascending.
+
+    Decade e (0 … 6) spans 10^(e-7) … 10^(e-6) and holds 2^e midpoints of evenly spaced boundaries, with both signs;
+    0 and 1 complete the map.
+    """
+    values = [0.0, 1.0]
+    for decade in range(7):
+        boundaries = torch.linspace(0.1, 1.0, 2**decade + 1)
+        midpoints = ((boundaries[:-1] + boundaries[1:]) / 2.0) * 10.0 ** (decade - 6)
+        values += midpoints.tolist() + (-midpoints).tolist()
+    return tuple(sorted(values))
+
+
+def _table(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def _nearest(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    return torch.bucketize(x, (table[1:] + table[:-1]) / 2)
+
+
+def quantize_nf4(w: torch.Tensor) -> NF4Weight:
+    """w [out, in] (any floating dtype, finite) → NF4. Runs where w is; rows are taken in slices to bound memory."""
+    if w.ndim != 2 or not w.is_floating_point():
+        raise bad_argument("quantize_nf4", "w", f"{w.dtype} {tuple(w.shape)}", "a floating-point [out, in]")
+    num_out, num_in = w.shape
+    if num_out == 0 or num_in == 0 or num_in % BLOCK:
+        raise bad_argument("quantize_nf4", "w", tuple(w.shape), f"[out, in], both above 0, in a multiple of {BLOCK}")
+    table = _table(CODEBOOK, w.device)
+    codes = torch.empty(num_out, num_in // 2, dtype=torch.uint8, device=w.device)
+    absmax = torch.empty(num_out, num_in // BLOCK, dtype=torch.float32, device=w.device)
+    step = max(1, (1 << 24) // num_in)
+    for start in range(0, num_out, step):
+        blocks = w[start : start + step].float().reshape(-1, BLOCK)
+        largest = blocks.abs().amax(dim=1)
+        absmax[start : start + step] = largest.view(-1, num_in // BLOCK)
+        unit = blocks / torch.where(largest > 0, largest, torch.ones_like(largest))[:, None]
+        code = _nearest(unit, table).to(torch.uint8).view(-1, num_in // 2, 2)
+        codes[start : start + step] = (code[..., 0] << 4) | code[..., 1]
+    if not bool(torch.isfinite(absmax).all()):
+        raise bad_argument("quantize_nf4", "w", "values that are infinite or NaN", "finite values")
+    return NF4Weight(codes, *_quantize_absmax(absmax))
+
+
+def _quantize_absmax(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    offset = absmax.mean()
+    centred = (absmax - offset).flatten()
+    count = centred.numel()
+    padded = torch.nn.functional.pad(centred, (0, -count % SCALE_BLOCK)).view(-1, SCALE_BLOCK)
+    scale = padded.abs().amax(dim=1)
+    unit = padded / torch.where(scale > 0, scale, torch.ones_like(scale))[:, None]
+    index = _nearest(unit, _table(dynamic_map(), absmax.device)).to(torch.uint8)
+    return index.flatten()[:count].view(absmax.shape), scale, offset.reshape(1)
+
+
+def absmax_of(weight: NF4Weight) -> torch.Tensor:
+    """The block scales back in fp32: [out, in/64]."""
+    flat = weight.absmax_index.flatten()
+    scale = weight.absmax_scale.repeat_interleave(SCALE_BLOCK)[: flat.numel()]
+    absmax = _table(dynamic_map(), weight.device)[flat.long()] * scale + weight.absmax_offset
+    return absmax.view(weight.absmax_index.shape)
+
+
+def dequantize_nf4_reference(weight: NF4Weight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """codebook · absmax in fp32, rounded once to ``dtype``: [out, in]."""
+    pairs = torch.stack((weight.codes >> 4, weight.codes & 15), dim=-1)
+    values = _table(CODEBOOK, weight.device)[pairs.flatten().long()].view(-1, BLOCK)
+    return (values * absmax_of(weight).view(-1, 1)).view(weight.shape).to(dtype)
+
+
+def dequantize_nf4(
+    weight: NF4Weight, dtype: torch.dtype = torch.float32, *, backend: str | None = None
+) -> torch.Tensor:
+    """NF4 → dense [out, in] in ``dtype``; bit-equal on all backends."""
+    return dequantize_nf4_reference(weight, dtype)
