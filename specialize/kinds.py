@@ -1,0 +1,195 @@
+"""What the seeds of one kind say about any answer of that kind: its form, its labels, how its input is built.
+
+From this follow the label-form checks, the agreement between several samples of an answer, and their consensus.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from .metrics import entities, entity_set, normalise, rouge_l
+from .records import Seed
+
+_TYPED_LIST = re.compile(r"^\s*[^<>]+<[^<>]+>(\s*[,;]\s*[^<>]+<[^<>]+>)*\s*\.?\s*$")
+_FIELD = re.compile(r"^([A-Z][\w /()-]{0,30}):\s*(.*)$")
+SENTENCE_WORDS = 60  # inputs longer than this are passages
+SHORT_WORDS = 8  # inputs shorter than this are terms or questions, which no text yields by cutting
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of seed task. ``form`` of its answers: "entities" (name <Type>, …), "list" (a, b, …), "label" or "text".
+
+    ``unit`` of its inputs: "sentence" or "passage" (cut from the corpus), "fields" (lines ``Name: value`` of which
+    ``material`` is cut from the corpus and the others are written), "written" (a model writes it from a passage), "none".
+    """
+
+    id: int
+    name: str
+    instruction: str
+    seeds: tuple[Seed, ...]
+    form: str
+    labels: frozenset[str]  # for "label" the normalised labels, for "entities" the lower-case types
+    extractive: bool  # what is listed occurs in the input
+    unit: str
+    fields: tuple[str, ...]
+    material: str
+    min_words: int  # of the part that is cut from the corpus
+    max_words: int
+    max_output_words: int
+    min_output_words: int
+
+    def answer_parts(self, text: str) -> list[tuple[str, str]]:
+        return entities(text) if self.form in ("entities", "list") else [(text.strip(), "")]
+
+
+def split_fields(text: str) -> list[tuple[str, str]] | None:
+    """``Name: value`` blocks of an input, or None when it does not start with one. A value may span lines."""
+    found: list[tuple[str, str]] = []
+    for line in text.splitlines():
+        match = _FIELD.match(line)
+        if match:
+            found.append((match[1], match[2]))
+        elif found:
+            found[-1] = (found[-1][0], f"{found[-1][1]}\n{line}".strip())
+        else:
+            return None
+    return found or None
+
+
+def _form(seeds: Sequence[Seed]) -> tuple[str, frozenset[str]]:
+    outputs = [seed.output for seed in seeds]
+    if sum(bool(_TYPED_LIST.match(o)) for o in outputs) >= 0.8 * len(outputs):
+        return "entities", frozenset(t.lower() for o in outputs for _, t in entities(o))
+    counts = Counter(normalise(o) for o in outputs)
+    short = all(len(label.split()) <= 3 for label in counts)
+    if short and len(outputs) >= 3 and 2 * len(counts) <= len(outputs) + 1:
+        return "label", frozenset(counts)
+    parts = [[name for name, _ in entities(o)] for o in outputs]
+    lists = sum(len(p) >= 2 for p in parts) >= 0.4 * len(outputs)
+    brief = median([len(name.split()) for p in parts for name in p] or [99]) <= 5
+    plain = sum(o.rstrip().endswith((".", "?", "!")) for o in outputs) <= 0.2 * len(outputs)
+    return ("list" if lists and brief and plain else "text"), frozenset()
+
+
+def _within(name: str, text: str) -> bool:
+    return " ".join(name.lower().split()) in " ".join(text.lower().split())
+
+
+def kind_of(id: int, name: str, seeds: Sequence[Seed]) -> Kind:
+    form, labels = _form(seeds)
+    extractive = False
+    if form in ("entities", "list"):
+        named = [(part, seed.input) for seed in seeds for part, _ in entities(seed.output)]
+        extractive = sum(_within(part, text) for part, text in named) >= 0.9 * len(named)
+    split = [split_fields(seed.input) for seed in seeds]
+    names = {tuple(n for n, _ in fields) if fields else () for fields in split}
+    fields: tuple[str, ...] = ()
+    material = ""
+    lengths = [len(seed.input.split()) for seed in seeds]
+    if len(names) == 1 and len(only := next(iter(names))) >= 2 and len(set(only)) == len(only):
+        sizes = {n: median(len(dict(f or ())[n].split()) for f in split) for n in only}
+        material = max(only, key=lambda n: sizes[n])
+        if sizes[material] > SHORT_WORDS:
+            fields, lengths = only, [len(dict(f or ())[material].split()) for f in split]
+    if fields:
+        unit = "fields"
+    elif median(lengths) == 0:
+        unit = "none"
+    elif median(lengths) <= SHORT_WORDS or 2 * sum(map(bool, split)) > len(seeds):
+        unit = "written"
+    else:
+        unit = "passage" if median(lengths) > SENTENCE_WORDS else "sentence"
+    sizes_out = sorted(len(seed.output.split()) for seed in seeds)
+    return Kind(
+        id=id,
+        name=name,
+        instruction=Counter(seed.instruction for seed in seeds).most_common(1)[0][0],
+        seeds=tuple(seeds),
+        form=form,
+        labels=labels,
+        extractive=extractive,
+        unit=unit,
+        fields=fields,
+        material=material if fields else "",
+        min_words=max(3, int(0.7 * min(lengths))),
+        max_words=max(8, int(1.3 * max(lengths))),
+        max_output_words=max(8, 2 * sizes_out[-1]),
+        min_output_words=max(1, sizes_out[0] // 2),
+    )
+
+
+def kinds_of(seeds: Sequence[Seed]) -> list[Kind]:
+    """The kinds among the seeds, in the order of their first seed."""
+    grouped: dict[str, list[Seed]] = {}
+    for seed in seeds:
+        grouped.setdefault(seed.kind, []).append(seed)
+    return [kind_of(i, name, members) for i, (name, members) in enumerate(grouped.items())]
+
+
+def form_fault(kind: Kind | None, text: str, input: str) -> str:
+    """Why ``text`` cannot be an answer of this kind ("" when it can): label unknown, span not in the input, …"""
+    if kind is None or kind.form == "text":
+        return ""
+    if kind.form == "label":
+        return "" if normalise(text) in kind.labels else "label not among those of the seeds"
+    if kind.form == "entities" and not _TYPED_LIST.match(text):
+        return "not in the form of the seeds' answers"
+    for name, type_ in kind.answer_parts(text):
+        if kind.form == "entities" and type_.lower() not in kind.labels and type_.lower() not in kind.instruction.lower():
+            return "label not among those of the seeds"
+        if kind.extractive and not _within(name, input):
+            return "span not in the input"
+    return ""
+
+
+def agreement(kind: Kind | None, texts: Sequence[str]) -> float:
+    """Mean agreement of all pairs of samples, 0 to 1: equal labels, F1 of entities, ROUGE-L of free text."""
+    pairs = [(a, b) for i, a in enumerate(texts) for b in texts[i + 1 :]]
+    if not pairs:
+        return 1.0
+    total = 0.0
+    for a, b in pairs:
+        if kind is not None and kind.form == "label":
+            total += normalise(a) == normalise(b)
+        elif kind is not None and kind.form in ("entities", "list"):
+            x, y = entity_set(a), entity_set(b)
+            total += 2 * len(x & y) / (len(x) + len(y)) if x or y else 1.0
+        else:
+            total += rouge_l(a, [b])
+    return total / len(pairs)
+
+
+def consensus(kind: Kind | None, texts: Sequence[str], input: str, *, share: float = 0.5) -> str:
+    """The answer the samples agree on: the commonest label; the entities that at least ``share`` of them name, in the
+    order of the input; the free text nearest to all others. Ties fall to the earlier sample."""
+    if not texts:
+        return ""
+    if kind is not None and kind.form == "label":
+        votes = Counter(normalise(t) for t in texts)
+        first = {normalise(t): t for t in reversed(texts)}
+        return first[max(votes, key=lambda label: votes[label])]
+    if kind is not None and kind.form in ("entities", "list"):
+        votes: Counter[tuple[str, str]] = Counter()
+        written: dict[tuple[str, str], tuple[str, str]] = {}
+        for text in texts:
+            seen = set()
+            for name, type_ in kind.answer_parts(text):
+                key = (" ".join(name.lower().split()), type_.lower())
+                if key not in seen:
+                    seen.add(key)
+                    votes[key] += 1
+                    written.setdefault(key, (name, type_))
+        chosen = [key for key in written if votes[key] >= share * len(texts)]
+        lowered = input.lower()
+        if kind.extractive:
+            order = {key: (lowered.find(key[0]) if key[0] in lowered else len(lowered), -len(key[0])) for key in chosen}
+            chosen.sort(key=lambda key: order[key])
+        parts = [written[key] for key in chosen]
+        return ", ".join(f"{name} <{type_}>" if type_ else name for name, type_ in parts)
+    scores = [sum(rouge_l(a, [b]) for j, b in enumerate(texts) if j != i) for i, a in enumerate(texts)]
+    return texts[max(range(len(texts)), key=lambda i: scores[i])]

@@ -1,0 +1,290 @@
+"""The run's ledger: one SQLite file in write-ahead mode with one row per item, from its prompt to its verdict.
+
+Every write is one committed transaction, so that a killed process loses at most the item it was working on. Item ids are
+computed from the recipe, never counted from the table, and are inserted once; a resumed run asks which are missing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+
+_FORMAT = 1
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS stages (
+  name TEXT PRIMARY KEY, fingerprint TEXT NOT NULL, settings TEXT NOT NULL, done INTEGER NOT NULL DEFAULT 0,
+  seconds REAL NOT NULL DEFAULT 0, info TEXT NOT NULL DEFAULT '{}');
+CREATE TABLE IF NOT EXISTS items (
+  id TEXT PRIMARY KEY, round INTEGER NOT NULL, wave INTEGER NOT NULL, source TEXT NOT NULL, kind TEXT NOT NULL,
+  instruction TEXT NOT NULL, input TEXT NOT NULL, output TEXT NOT NULL DEFAULT '',
+  status TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '', detail TEXT NOT NULL DEFAULT '', score REAL,
+  provenance TEXT NOT NULL, created REAL NOT NULL, decided REAL);
+CREATE INDEX IF NOT EXISTS items_by_status ON items (round, status);
+CREATE TABLE IF NOT EXISTS replies (
+  id TEXT PRIMARY KEY, item_id TEXT NOT NULL, purpose TEXT NOT NULL, sample INTEGER NOT NULL, raw TEXT NOT NULL,
+  finish_reason TEXT NOT NULL, tokens INTEGER NOT NULL, provenance TEXT NOT NULL, created REAL NOT NULL);
+CREATE INDEX IF NOT EXISTS replies_by_item ON replies (item_id, purpose);
+"""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A candidate on its way: status "new" (has an instruction and input), "kept" or "rejected"."""
+
+    id: str
+    round: int
+    wave: int
+    source: str
+    kind: str
+    instruction: str
+    input: str
+    output: str = ""
+    status: str = "new"
+    reason: str = ""
+    detail: str = ""
+    score: float | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One raw model output for an item: ``purpose`` is "instruction", "input" or "response"; sample 0 is the greedy one."""
+
+    id: str
+    item_id: str
+    purpose: str
+    sample: int
+    raw: str
+    finish_reason: str
+    tokens: int
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    fingerprint: str
+    settings: dict[str, Any]
+    done: bool
+    seconds: float
+    info: dict[str, Any]
+
+
+class Ledger:
+    """Reads and writes of one run's ledger. One process writes; readers may look at any time."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            self._db = sqlite3.connect(self.path, isolation_level=None, timeout=30)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=NORMAL")
+            self._db.executescript(_SCHEMA)
+        except sqlite3.DatabaseError as error:
+            raise InputError(f"{self.path}: not a usable ledger ({error}); choose another --out folder") from None
+        found = self.meta("format")
+        if found is None:
+            self.set_meta("format", _FORMAT)
+        elif found != _FORMAT:
+            raise InputError(f"{self.path}: ledger format {found}, this version reads {_FORMAT}; choose another --out folder")
+
+    def close(self) -> None:
+        self._db.close()
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All writes inside are one: on disk together or not at all."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+    # meta and stages
+
+    def meta(self, key: str, default: Any = None) -> Any:
+        row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return default if row is None else json.loads(row[0])
+
+    def set_meta(self, key: str, value: Any) -> None:
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value)))
+
+    def stages(self) -> dict[str, Stage]:
+        rows = self._db.execute("SELECT name, fingerprint, settings, done, seconds, info FROM stages ORDER BY rowid")
+        return {r[0]: Stage(r[0], r[1], json.loads(r[2]), bool(r[3]), r[4], json.loads(r[5])) for r in rows}
+
+    def begin_stage(self, name: str, fingerprint: str, settings: dict[str, Any]) -> None:
+        self._db.execute(
+            "INSERT OR IGNORE INTO stages (name, fingerprint, settings) VALUES (?, ?, ?)",
+            (name, fingerprint, json.dumps(settings)),
+        )
+
+    def add_seconds(self, name: str, seconds: float) -> None:
+        self._db.execute("UPDATE stages SET seconds = seconds + ? WHERE name = ?", (seconds, name))
+
+    def end_stage(self, name: str, info: dict[str, Any]) -> None:
+        self._db.execute("UPDATE stages SET done = 1, info = ? WHERE name = ?", (json.dumps(info), name))
+
+    def forget_stages(self, names: Iterable[str]) -> None:
+        self._db.executemany("DELETE FROM stages WHERE name = ?", [(name,) for name in names])
+
+    # items
+
+    def add_items(self, items: Iterable[Item]) -> int:
+        """Insert items that are not there yet; returns how many were new."""
+        before = self._db.total_changes
+        self._db.executemany(
+            "INSERT OR IGNORE INTO items (id, round, wave, source, kind, instruction, input, output, status, reason, detail, "
+            "score, provenance, created) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            [
+                (
+                    *(i.id, i.round, i.wave, i.source, i.kind, i.instruction, i.input, i.output, i.status, i.reason),
+                    *(i.detail, i.score, json.dumps(i.provenance, ensure_ascii=False), time.time()),
+                )
+                for i in items
+            ],
+        )
+        return self._db.total_changes - before
+
+    def items(self, *, round: int | None = None, status: str | None = None, wave: int | None = None) -> list[Item]:
+        where, values = ["1"], []
+        for name, value in (("round", round), ("status", status), ("wave", wave)):
+            if value is not None:
+                where.append(f"{name} = ?")
+                values.append(value)
+        rows = self._db.execute(
+            "SELECT id, round, wave, source, kind, instruction, input, output, status, reason, detail, score, provenance "
+            f"FROM items WHERE {' AND '.join(where)} ORDER BY id",
+            values,
+        )
+        return [Item(*row[:12], provenance=json.loads(row[12])) for row in rows]
+
+    def item_ids(self, *, round: int | None = None) -> set[str]:
+        rows = self._db.execute("SELECT id FROM items WHERE ? IS NULL OR round = ?", (round, round))
+        return {row[0] for row in rows}
+
+    def decide(self, decisions: Iterable[tuple[str, str, str, str, str, float | None]]) -> None:
+        """Write (id, status, reason, detail, output, score) of items; the whole list is one transaction."""
+        now = time.time()
+        with self.transaction():
+            self._db.executemany(
+                "UPDATE items SET status = ?, reason = ?, detail = ?, output = ?, score = ?, decided = ? WHERE id = ?",
+                [(status, reason, detail, output, score, now, id) for id, status, reason, detail, output, score in decisions],
+            )
+
+    def reopen(self, round: int) -> None:
+        """Take back every verdict of a round on answered items, so that it can be filtered anew."""
+        self._db.execute(
+            "UPDATE items SET status = 'new', reason = '', detail = '', output = '', score = NULL, decided = NULL "
+            "WHERE round = ? AND decided IS NOT NULL",
+            (round,),
+        )
+
+    def delete_items(self, round: int | None = None) -> None:
+        with self.transaction():
+            self._db.execute(
+                "DELETE FROM replies WHERE item_id IN (SELECT id FROM items WHERE ? IS NULL OR round = ?)", (round, round)
+            )
+            self._db.execute("DELETE FROM items WHERE ? IS NULL OR round = ?", (round, round))
+            if round is None:
+                self._db.execute("DELETE FROM replies")
+
+    def delete_replies(self, purpose: str) -> None:
+        self._db.execute("DELETE FROM replies WHERE purpose = ?", (purpose,))
+
+    # replies
+
+    def add_reply(self, reply: Reply) -> bool:
+        """Insert one raw reply; False when it was there already."""
+        before = self._db.total_changes
+        self._db.execute(
+            "INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                *(reply.id, reply.item_id, reply.purpose, reply.sample, reply.raw, reply.finish_reason, reply.tokens),
+                *(json.dumps(reply.provenance, ensure_ascii=False), time.time()),
+            ),
+        )
+        return self._db.total_changes > before
+
+    def replies(self, purpose: str, item_ids: Iterable[str] | None = None) -> dict[str, list[Reply]]:
+        """Replies by item id, samples in order."""
+        wanted = None if item_ids is None else set(item_ids)
+        found: dict[str, list[Reply]] = {}
+        rows = self._db.execute(
+            "SELECT id, item_id, purpose, sample, raw, finish_reason, tokens, provenance FROM replies WHERE purpose = ? "
+            "ORDER BY item_id, sample",
+            (purpose,),
+        )
+        for row in rows:
+            if wanted is None or row[1] in wanted:
+                found.setdefault(row[1], []).append(Reply(*row[:7], provenance=json.loads(row[7])))
+        return found
+
+    def reply_ids(self, purpose: str) -> set[str]:
+        return {row[0] for row in self._db.execute("SELECT id FROM replies WHERE purpose = ?", (purpose,))}
+
+    # what the report asks
+
+    def reasons(self, round: int | None = None) -> dict[str, int]:
+        """Rejections by reason, most frequent first."""
+        rows = self._db.execute(
+            "SELECT reason, COUNT(*) FROM items WHERE status = 'rejected' AND (? IS NULL OR round = ?) "
+            "GROUP BY reason ORDER BY COUNT(*) DESC, reason",
+            (round, round),
+        )
+        return dict(rows.fetchall())
+
+    def counts(self, round: int | None = None) -> dict[str, int]:
+        rows = self._db.execute("SELECT status, COUNT(*) FROM items WHERE ? IS NULL OR round = ? GROUP BY status", (round, round))
+        return dict(rows.fetchall())
+
+    def reply_times(self, purpose: str) -> list[tuple[float, int]]:
+        """(when, tokens) of every reply in the order of arrival."""
+        rows = self._db.execute("SELECT created, tokens FROM replies WHERE purpose = ? ORDER BY created", (purpose,))
+        return rows.fetchall()
+
+    def answer_times(self, round: int) -> list[tuple[float, str]]:
+        """(time of the last reply, status) of each answered item of a round, in order of time."""
+        rows = self._db.execute(
+            "SELECT MAX(replies.created) AS at, items.status FROM items JOIN replies ON replies.item_id = items.id "
+            "WHERE items.round = ? GROUP BY items.id ORDER BY at",
+            (round,),
+        )
+        return rows.fetchall()
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Hold the run folder for this process; a second run on it is refused. The lock dies with the process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+            raise InputError(f"{folder}: another run (process {holder}) is at work here; wait for it or choose another --out") from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)

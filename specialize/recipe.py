@@ -1,0 +1,344 @@
+"""A run's settings: frozen, complete, read from YAML. An unknown key or a bad value is an error with file and line."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from .errors import InputError
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """How passages are cut and found. mode: "bm25" as in the paper, "dense", "hybrid" (both fused by rank) or "off"."""
+
+    mode: str = "hybrid"
+    embedder: str = "all-minilm-l6-v2"
+    chunk_words: int = 120
+    overlap_words: int = 20
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The model that answers: the base tuned on the seeds alone first, or (enabled: false) the base itself."""
+
+    enabled: bool = True
+
+
+@dataclass(frozen=True)
+class Instructions:
+    """Where candidates come from. ``novel`` is the share of invented instructions; the rest pairs the seeds' kinds of
+    task with inputs cut from the corpus. ``material`` says which documents: "nearest" to the kind's seeds or "random"."""
+
+    novel: float = 0.0
+    novel_input: str = "corpus"
+    material: str = "nearest"
+    candidates: float = 2.0
+    max_waves: int = 4
+    demonstrations: int = 3
+    group: int = 16
+    temperature: float = 1.0
+    top_p: float = 0.98
+    max_tokens: int = 128
+
+
+@dataclass(frozen=True)
+class Responses:
+    """How candidates are answered: one greedy sample and ``samples`` drawn ones, seed demonstrations, passages.
+
+    ``passages_for``: "open" gives passages where the answer does not lie in the input (invented instructions, free
+    text), "all" to every prompt.
+    """
+
+    demonstrations: int = 0
+    passages: int = 2
+    passages_for: str = "open"
+    passage_words: int = 80
+    samples: int = 4
+    temperature: float = 0.7
+    top_p: float = 0.95
+    max_tokens: int = 128
+    vote_share: float = 0.5
+
+
+@dataclass(frozen=True)
+class Filter:
+    """``rouge_l``: an instruction nearer than this to a kept one is rejected. ``min_agreement``: samples that agree less
+    are rejected. ``balance``: each kind of task keeps an equal share, and labels keep the proportions of the seeds."""
+
+    enabled: bool = True
+    rouge_l: float = 0.7
+    min_words: int = 4
+    max_words: int = 60
+    max_response_words: int = 200
+    min_agreement: float = 0.3
+    balance: bool = True
+    overlap_words: int = 13
+
+
+@dataclass(frozen=True)
+class Tune:
+    """LoRA on base weights. ``epochs`` are passes over seeds and kept rows together; the control on the seeds alone gets
+    as many tokens. ``teacher_epochs`` are passes over the seeds for the model that answers."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: str = "all"
+    dropout: float = 0.0
+    learning_rate: float = 5e-4
+    schedule: str = "linear"
+    warmup: float = 0.05
+    epochs: float = 2.0
+    teacher_epochs: float = 4.0
+    batch: int = 16
+    max_length: int = 1024
+    weight_decay: float = 0.0
+    include_seeds: bool = True
+    seed_repeat: int = 1
+    validation: float = 0.0
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """``systems`` are scored with each of ``shots`` on ``limit`` examples a task (0: all).
+
+    ``base_shots`` are further shots for the base alone, a control for what examples in the prompt already give.
+    """
+
+    shots: tuple[int, ...] = (0,)
+    base_shots: tuple[int, ...] = ()
+    limit: int = 60
+    max_tokens: int = 96
+    seeds_only: bool = True
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything a run depends on besides its input files."""
+
+    name: str = "recipe"
+    description: str = ""
+    seed: int = 0
+    examples: int = 300
+    rounds: int = 1
+    dtype: str = "auto"
+    retrieval: Retrieval = field(default_factory=Retrieval)
+    teacher: Teacher = field(default_factory=Teacher)
+    instructions: Instructions = field(default_factory=Instructions)
+    responses: Responses = field(default_factory=Responses)
+    filter: Filter = field(default_factory=Filter)
+    tune: Tune = field(default_factory=Tune)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as they stand in YAML."""
+
+        def plain(value: Any) -> Any:
+            if dataclasses.is_dataclass(value):
+                return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+            return list(value) if isinstance(value, tuple) else value
+
+        return plain(self)
+
+
+_CHOICES = {
+    "dtype": ("auto", "fp32", "bf16", "fp16"),
+    "retrieval.mode": ("bm25", "dense", "hybrid", "off"),
+    "instructions.novel_input": ("corpus", "written"),
+    "instructions.material": ("nearest", "random"),
+    "responses.passages_for": ("open", "all"),
+    "tune.schedule": ("linear", "cosine", "constant"),
+}
+# Inclusive bounds of numbers; None is open.
+_BOUNDS: dict[str, tuple[float, float | None]] = {
+    "examples": (1, None),
+    "rounds": (1, 100),
+    "retrieval.chunk_words": (8, None),
+    "retrieval.overlap_words": (0, None),
+    "instructions.novel": (0, 1),
+    "instructions.candidates": (1, 100),
+    "instructions.max_waves": (1, 1000),
+    "instructions.demonstrations": (1, 100),
+    "instructions.group": (1, None),
+    "instructions.temperature": (0, 10),
+    "instructions.top_p": (0.01, 1),
+    "instructions.max_tokens": (1, None),
+    "responses.demonstrations": (0, 100),
+    "responses.passages": (0, 100),
+    "responses.passage_words": (1, None),
+    "responses.samples": (0, 100),
+    "responses.temperature": (0, 10),
+    "responses.top_p": (0.01, 1),
+    "responses.max_tokens": (1, None),
+    "responses.vote_share": (0, 1),
+    "filter.rouge_l": (0.01, 1),
+    "filter.min_words": (1, None),
+    "filter.max_words": (1, None),
+    "filter.max_response_words": (1, None),
+    "filter.min_agreement": (0, 1),
+    "filter.overlap_words": (3, 100),
+    "tune.rank": (1, 1024),
+    "tune.alpha": (0.001, None),
+    "tune.dropout": (0, 0.9),
+    "tune.learning_rate": (1e-8, 1),
+    "tune.warmup": (0, 1),
+    "tune.epochs": (0.01, 1000),
+    "tune.teacher_epochs": (0.01, 1000),
+    "tune.batch": (1, None),
+    "tune.max_length": (16, None),
+    "tune.weight_decay": (0, 10),
+    "tune.seed_repeat": (1, 1000),
+    "tune.validation": (0, 0.5),
+    "evaluate.limit": (0, None),
+    "evaluate.max_tokens": (1, None),
+}
+
+
+class _Reader:
+    """Turns a YAML node tree into dataclasses; every complaint names the line."""
+
+    def __init__(self, source: str):
+        self.source = source
+
+    def fail(self, node: Any, message: str) -> InputError:
+        return InputError(f"{self.source}:{node.start_mark.line + 1}: {message}")
+
+    def section(self, cls: type, node: Any, path: str, base: Any) -> Any:
+        import yaml
+
+        if not isinstance(node, yaml.MappingNode):
+            raise self.fail(node, f"{path or 'a recipe'} must be a mapping of settings")
+        hints = get_type_hints(cls)
+        values: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = str(key_node.value)
+            full = f"{path}.{key}" if path else key
+            if key not in hints:
+                raise self.fail(key_node, f'unknown setting "{full}"; known here: {", ".join(hints)}')
+            if key in values:
+                raise self.fail(key_node, f'"{full}" is set twice')
+            if dataclasses.is_dataclass(hints[key]):
+                values[key] = self.section(hints[key], value_node, full, getattr(base, key))  # type: ignore[arg-type]
+            else:
+                values[key] = self.value(hints[key], value_node, full)
+        return dataclasses.replace(base, **values)
+
+    def value(self, hint: Any, node: Any, path: str) -> Any:
+        import yaml
+
+        value = yaml.SafeLoader("").construct_object(node, deep=True)
+        try:
+            return check_value(path, hint, value)
+        except InputError as error:
+            raise self.fail(node, str(error)) from None
+
+
+def check_value(path: str, hint: Any, value: Any) -> Any:
+    """``value`` as the type of setting ``path``, or an InputError that says what is allowed."""
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            raise InputError(f"{path} must be a list, not {value!r}")
+        items = tuple(check_value(f"{path}[]", get_args(hint)[0], v) for v in value)
+        if any(v < 0 for v in items):
+            raise InputError(f"{path} must not hold negative numbers")
+        return items
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 5e-4 as text
+        try:
+            value = float(value)
+        except ValueError:
+            raise InputError(f"{path} must be a number, not {value!r}") from None
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not hint:
+        wanted = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[hint]
+        raise InputError(f"{path} must be {wanted}, not {value!r}")
+    if path in _CHOICES and value not in _CHOICES[path]:
+        raise InputError(f"{path} is {value!r}; allowed: {', '.join(_CHOICES[path])}")
+    if path in _BOUNDS:
+        low, high = _BOUNDS[path]
+        if not value >= low or (high is not None and value > high):
+            raise InputError(f"{path} is {value}; allowed: {low} to {'any' if high is None else high}")
+    return value
+
+
+def _check_whole(recipe: Recipe, source: str) -> Recipe:
+    if recipe.retrieval.overlap_words >= recipe.retrieval.chunk_words:
+        raise InputError(f"{source}: retrieval.overlap_words must be smaller than retrieval.chunk_words")
+    if recipe.filter.min_words > recipe.filter.max_words:
+        raise InputError(f"{source}: filter.min_words is larger than filter.max_words")
+    return recipe
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    folder = Path(str(files("specialize").joinpath("recipes")))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def read_recipe(name_or_path: str | Path) -> tuple[Recipe, dict[str, str]]:
+    """A shipped recipe by name or any YAML file: (recipe, its ``inputs`` mapping, empty where it has none).
+
+    ``inputs`` (model, seeds, corpus, tasks) is what a run folder's own ``recipe.yaml`` adds.
+    """
+    import yaml
+
+    path = shipped().get(str(name_or_path), Path(name_or_path))
+    if not path.is_file():
+        raise InputError(f"recipe: {name_or_path} is neither a file nor shipped; shipped: {', '.join(shipped())}")
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise InputError(f"{path}:{line}: not YAML: {error.problem}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    inputs: dict[str, str] = {}
+    if root is None:
+        return Recipe(), inputs
+    if isinstance(root, yaml.MappingNode):
+        for pair in list(root.value):
+            if pair[0].value == "inputs":
+                inputs = {k.value: str(v.value) for k, v in pair[1].value}
+                root.value.remove(pair)
+    return _check_whole(_Reader(str(path)).section(Recipe, root, "", Recipe()), str(path)), inputs
+
+
+def override(recipe: Recipe, settings: Mapping[str, Any] | Sequence[str]) -> Recipe:
+    """The recipe with some settings changed: ``{"tune.rank": 8}`` or ``["tune.rank=8"]`` (values as in YAML)."""
+    import yaml
+
+    if not isinstance(settings, Mapping):
+        pairs = {}
+        for text in settings:
+            key, found, value = text.partition("=")
+            if not found:
+                raise InputError(f'--set {text}: write it as "section.setting=value"')
+            pairs[key.strip()] = yaml.safe_load(value)
+        settings = pairs
+    for path, value in settings.items():
+        *parents, name = path.split(".")
+        owner: Any = recipe
+        for parent in parents:
+            owner = getattr(owner, parent, None)
+        hints = get_type_hints(type(owner)) if dataclasses.is_dataclass(owner) else {}
+        if name not in hints or dataclasses.is_dataclass(hints[name]):
+            raise InputError(f'unknown setting "{path}"; see the recipe files for those there are')
+        owner = dataclasses.replace(owner, **{name: check_value(path, hints[name], value)})  # type: ignore[type-var]
+        if parents:
+            owner = dataclasses.replace(recipe, **{parents[0]: owner})
+        recipe = owner
+    return _check_whole(recipe, "settings")
+
+
+def write_recipe(recipe: Recipe, inputs: Mapping[str, str], path: Path) -> None:
+    """Write the resolved recipe with its inputs; ``read_recipe`` gives both back."""
+    import yaml
+
+    text = yaml.safe_dump(recipe.to_dict() | {"inputs": dict(inputs)}, sort_keys=False, allow_unicode=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("# Written by specialize: the settings this run was made with.\n" + text, encoding="utf-8")
+    temporary.replace(path)
