@@ -20,10 +20,6 @@ from specialize.errors import InputError
 
 ORGANS, ENDINGS = "renal cardiac dental ocular hepatic neural", "oma itis osis pathy"
 WORDS = [organ + ending for organ in ORGANS.split() for ending in ENDINGS.split()]
-    f"{a}{b}"
-    for a in ["renal", "cardiac", "dental", "ocular", "hepatic", "neural"]
-    for b in ["oma", "itis", "osis", "pathy"]
-]
 
 
 def documents(count: int, start: int = 0) -> list[Document]:
