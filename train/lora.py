@@ -149,7 +149,7 @@ class TrainableLora:
             return linear(x)
         a, b = leaves
         if self.dropout and self.training:
-            dropped = _dropped(x, self.dropout, hash((self._dropout_seed, layer_id, name_id(name))))
+            dropped = _dropped(x, self.dropout, hash((self._dropout_seed, layer_id, name_id(name))) & 0x7FFFFFFF)
             return linear(x) + F.linear(F.linear(dropped, a), b) * self.scaling
         return lora_linear(x, linear.weight, linear.bias, a, b, self.scaling)
 
@@ -242,8 +242,9 @@ def _lay_out(model: Any, rank: int, targets: tuple[str, ...]) -> dict[tuple[int,
             for i, part in enumerate(chosen)
         )
         total = rank * len(parts)
-        b_offset = offset + total * adapted.in_features
-        pair = LoraPair(adapted.in_features, adapted.out_features, total, parts, offset, b_offset)
+        linear = adapted.linear
+        b_offset = offset + total * linear.in_features
+        pair = LoraPair(linear.in_features, linear.out_features, total, parts, offset, b_offset)
         pairs[adapted.layer_id, adapted.name] = pair
         offset = (pair.end + 63) // 64 * 64
     return pairs
