@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from .scheduler import Rows, StepPlan
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,82 @@ class Batch:
             max_query_len=longest,
             max_context_len=longest,
         )
+
+
+def build_step(plan: StepPlan, rows: Rows, device: torch.device | str) -> tuple[Batch, dict[str, torch.Tensor]]:
+    """The batch of one generation step, and the sampled rows' settings by name, all in one copy.
+
+    ``last`` i64 in the settings are the flat indices of the hidden states that give a token. Decodes are gathered by
+    vectorised indexing; only prompt chunks cost host time each.
+    """
+    size = rows.page_size
+    num_decodes, num_chunks = len(plan.decodes), len(plan.chunks)
+    decodes = plan.decode_rows
+    num_tokens = plan.num_tokens
+    token_ids = np.empty(num_tokens, np.int64)
+    positions = np.empty(num_tokens, np.int64)
+    slots = np.empty(num_tokens, np.int64)
+    starts = np.empty(num_decodes + num_chunks + 1, np.int32)
+    contexts = np.empty(num_decodes + num_chunks, np.int32)
+    batch_rows = np.empty(num_decodes + num_chunks, np.int64)
+
+    at = rows.num_tokens[decodes] - 1
+    token_ids[:num_decodes] = rows.tokens[decodes, at]
+    positions[:num_decodes] = at
+    slots[:num_decodes] = rows.page_table[decodes, at // size].astype(np.int64) * size + at % size
+    starts[: num_decodes + 1] = np.arange(num_decodes + 1)
+    contexts[:num_decodes] = at + 1
+    batch_rows[:num_decodes] = decodes
+
+    end = num_decodes
+    last = list(range(num_decodes))
+    for b, chunk in enumerate(plan.chunks, start=num_decodes):
+        row, start, stop = chunk.sequence.row, chunk.start, chunk.stop
+        begin, end = end, end + stop - start
+        where = np.arange(start, stop)
+        token_ids[begin:end] = rows.tokens[row, start:stop]
+        positions[begin:end] = where
+        slots[begin:end] = rows.page_table[row, where // size].astype(np.int64) * size + where % size
+        starts[b + 1] = end
+        contexts[b] = stop
+        batch_rows[b] = row
+        if stop == chunk.sequence.num_tokens:
+            last.append(end - 1)
+
+    max_context_len = int(contexts.max())
+    sampled = plan.sampled_rows
+    arrays = {
+        "token_ids": token_ids,
+        "positions": positions,
+        "slots": slots,
+        "last": np.asarray(last, np.int64),
+        "keys": rows.stream_key[sampled],
+        "steps": rows.num_tokens[sampled] - rows.num_prompt[sampled],
+        "query_starts": starts,
+        "context_lens": contexts,
+        "page_table": rows.page_table[batch_rows, : -(-max_context_len // size)],
+        "adapter_index": rows.adapter_id[batch_rows],
+        "temperature": rows.temperature[sampled],
+        "top_k": rows.top_k[sampled],
+        "top_p": rows.top_p[sampled],
+        "min_p": rows.min_p[sampled],
+        "repetition_penalty": rows.repetition_penalty[sampled],
+    }
+    has_adapters = bool((arrays["adapter_index"] >= 0).any())
+    tensors = upload(arrays, device)
+    batch = Batch(
+        token_ids=tensors.pop("token_ids"),
+        positions=tensors.pop("positions"),
+        query_starts=tensors.pop("query_starts"),
+        context_lens=tensors.pop("context_lens"),
+        max_query_len=max([c.stop - c.start for c in plan.chunks], default=1),
+        max_context_len=max_context_len,
+        num_decodes=num_decodes,
+        slots=tensors.pop("slots"),
+        page_table=tensors.pop("page_table"),
+        adapter_index=tensors.pop("adapter_index") if has_adapters else None,
+    )
+    return batch, tensors
 
 
 def upload(arrays: Mapping[str, np.ndarray], device: torch.device | str) -> dict[str, torch.Tensor]:
