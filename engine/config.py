@@ -113,7 +113,7 @@ class ModelConfig:
 
     @staticmethod
     def from_folder(path: str | Path) -> ModelConfig:
-        """Reads ``config.json`` (and ``generation_config.json`` for further end-of-text ids) of a Hugging Face folder."""
+        """Reads ``config.json`` of a Hugging Face folder, and ``generation_config.json`` for further end-of-text ids."""
         folder = Path(path)
         if not folder.is_dir():
             raise InputError(f"{folder}: no such model folder; give a folder with config.json, or a .gguf file")
@@ -275,7 +275,7 @@ def _rope(raw: Mapping[str, Any], source: str, max_context: int) -> tuple[float,
 
 
 def yarn_attention_factor(factor: float, mscale: float | None = None, mscale_all_dim: float | None = None) -> float:
-    """YaRN (arXiv 2309.00071) scales cos and sin by 0.1 ln(factor) + 1; DeepSeek's two ``mscale`` values give a ratio."""
+    """YaRN (arXiv 2309.00071) scales cos and sin by 0.1 ln(factor) + 1; two ``mscale`` values give a ratio."""
 
     def magnitude(m: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
@@ -325,7 +325,7 @@ def _mpt_fields(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
     _one_of("norm_type", norm_type.removeprefix("low_precision_"), ("layernorm", "rmsnorm"), source)
     norm = norm_type.removeprefix("low_precision_")
     no_bias = bool(raw.get("no_bias", True))
-    alibi, rope = bool(attn.get("alibi", False if "rope" in attn else True)), bool(attn.get("rope", False))
+    alibi, rope = bool(attn.get("alibi", "rope" not in attn)), bool(attn.get("rope", False))
     if alibi and rope:
         raise InputError(f"{source}: attn_config has both alibi and rope; one of them must be off")
     # ALiBi and RoPE each switch the learned positions off, whatever learned_pos_emb says.

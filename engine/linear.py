@@ -9,9 +9,9 @@ import torch.nn.functional as F
 class Linear:
     """``y = x W^T + b`` with W ``[out, in]``. Change the weights through `replace` only: packed copies depend on them.
 
-    With ``prepack`` a bf16 CPU layer keeps, from the first small batch on, a blocked copy that oneDNN multiplies 1.5 to
-    2 times faster at up to ``PACKED_ROWS`` rows; larger products are faster from the plain layout. It costs the weights'
-    memory once more and applies only where no gradient is wanted.
+    With ``prepack`` a bf16 CPU layer keeps, from the first small batch on, a blocked copy that oneDNN multiplies 1.5
+    to 2 times faster at up to ``PACKED_ROWS`` rows; larger products are faster from the plain layout. It costs the
+    weights' memory once more and applies only where no gradient is wanted.
     """
 
     PACKED_ROWS = 128

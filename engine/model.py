@@ -1,8 +1,8 @@
 """One decoder for every architecture: norm, positions and MLP are chosen by the config.
 
-The model holds frozen weights and nothing else; all that changes from call to call comes in as an argument. Tokens are packed:
-[T, C] with the batch's ``query_starts``. Without a cache a forward pass is differentiable (in the inputs of the linear layers,
-so for adapters); with one it writes keys and values to pages and attends over them.
+The model holds frozen weights and nothing else; all that changes from call to call comes in as an argument. Tokens are
+packed: [T, C] with the batch's ``query_starts``. Without a cache a forward pass is differentiable (in the inputs of the
+linear layers, so for adapters); with one it writes keys and values to pages and attends over them.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Model:
         inference: bool = True,
         backend: str | None = None,
     ) -> None:
-        """Takes tensors by their checkpoint names (`layout.expected_tensors`). ``inference`` allows packed weight copies."""
+        """Takes tensors by checkpoint name (`layout.expected_tensors`). ``inference`` allows packed weight copies."""
         self.config, self.dtype, self.device, self.backend = config, dtype, torch.device(device), backend
         self._inference = inference
 
@@ -116,20 +116,19 @@ class Model:
                 linears.append(linear)
                 self._adaptable.append(AdaptedLinear(layer_id, fused.name, linear, fused.parts))
             qkv, o, up, down = linears
-            self.layers.append(
-                Layer(
-                    layer_id=layer_id,
-                    attn_norm=norms["attn_norm"],
-                    qkv=qkv,
-                    q_norm=norms.get("q_norm"),
-                    k_norm=norms.get("k_norm"),
-                    o=o,
-                    mlp_norm=norms["mlp_norm"],
-                    up=up,
-                    down=down,
-                    window=config.window(layer_id),
-                )  # fmt: skip
+            layer = Layer(
+                layer_id=layer_id,
+                attn_norm=norms["attn_norm"],
+                qkv=qkv,
+                q_norm=norms.get("q_norm"),
+                k_norm=norms.get("k_norm"),
+                o=o,
+                mlp_norm=norms["mlp_norm"],
+                up=up,
+                down=down,
+                window=config.window(layer_id),
             )
+            self.layers.append(layer)
         self._up_name = "up" if config.mlp == "gelu" else "gate_up"
         self.final_norm = take_norm(top_path(config, FINAL_NORM))
         head = self.embedding if config.tied_embeddings else take(top_path(config, HEAD) + ".weight")
@@ -305,7 +304,9 @@ class Model:
             "window": layer.window, "backend": self.backend,
         }  # fmt: skip
         if cache is None:
-            return attention_prefill(q, k, v, batch.query_starts, **shared).flatten(1)
+            out = attention_prefill(q, k, v, batch.query_starts, **shared)
+            assert isinstance(out, torch.Tensor)
+            return out.flatten(1)
         assert batch.slots is not None and batch.page_table is not None, (
             "a batch for a cache has slots and a page table"
         )

@@ -35,7 +35,7 @@ def _llama3(frequencies: torch.Tensor, s: RopeScaling) -> torch.Tensor:
 
 
 def _yarn(frequencies: torch.Tensor, s: RopeScaling, dim: int, theta: float) -> torch.Tensor:
-    """YaRN (arXiv 2309.00071): dimensions that turn often are kept, those that turn rarely are divided, a ramp between."""
+    """YaRN (arXiv 2309.00071): dimensions that turn often are kept, those that turn rarely divided, a ramp between."""
 
     def dimension(turns: float) -> float:
         return dim * math.log(s.original_max_context / (turns * 2 * math.pi)) / (2 * math.log(theta))

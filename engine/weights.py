@@ -1,6 +1,7 @@
 """Checkpoint files -> tensors by Hugging Face name: safetensors folders, memory-mapped, and random weights.
 
-A reader is a read-only mapping from name to tensor. `check_tensors` compares what a file holds with what its config calls for.
+A reader is a read-only mapping from name to tensor. `check_tensors` compares what a file holds with what its config
+calls for.
 """
 
 from __future__ import annotations
