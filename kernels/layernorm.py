@@ -1,15 +1,22 @@
 """Layer normalisation, optionally of a sum: ``h = x (+ residual);  y = (h - mean) / sqrt(var + eps) · weight (+ bias)``.
 
-x [T, C], weight and bias [C]. Statistics in fp32; the sum is rounded to x's dtype before it is normalised, because that
-rounded sum is what the residual stream carries on. Source: Ba, Kiros & Hinton, "Layer Normalization" (2016).
+x [T, C], weight and bias [C]. Statistics in fp32, the variance about the mean (no cancellation); the sum is rounded to x's
+dtype before it is normalised, because that rounded sum is what the residual stream carries on. Design and floor are those
+of rmsnorm.py: whole rows in registers, each tensor moved once, statistics recomputed in the backward pass.
+Source: Ba, Kiros & Hinton, "Layer Normalization" (2016).
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
-from .dispatch import bad_argument, choose_backend
+from .dispatch import bad_argument, choose_backend, tl, triton
+from .rows import as_rows, check_triton_operands, needs_grad, num_reduction_programs
+from .spec import Case, CompileCase, KernelSpec
+from .tuning import tuned_config
 
 
 def layernorm_reference(
@@ -41,6 +48,177 @@ def _layernorm_torch(x, weight, bias, eps, residual):
     return y if residual is None else (y, h)
 
 
+@triton.jit
+def layernorm_forward_kernel(
+    x,
+    residual,
+    weight,
+    bias,
+    y,
+    h,
+    num_rows,
+    num_channels,
+    x_inner,
+    x_outer_stride,
+    x_inner_stride,
+    residual_inner,
+    residual_outer_stride,
+    residual_inner_stride,
+    eps,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK)[None, :]
+    mask = (rows < num_rows)[:, None] & (columns < num_channels)
+    x_offsets = (rows // x_inner) * x_outer_stride + (rows % x_inner) * x_inner_stride
+    values = tl.load(x + x_offsets[:, None] + columns, mask=mask, other=0.0)
+    out_offsets = rows[:, None] * num_channels + columns
+    if HAS_RESIDUAL:
+        offsets = (rows // residual_inner) * residual_outer_stride + (rows % residual_inner) * residual_inner_stride
+        added = tl.load(residual + offsets[:, None] + columns, mask=mask, other=0.0)
+        values = (values.to(tl.float32) + added.to(tl.float32)).to(values.dtype)
+        tl.store(h + out_offsets, values, mask=mask)
+    wide = values.to(tl.float32)
+    mean = tl.sum(wide, axis=1) / num_channels
+    centred = tl.where(mask, wide - mean[:, None], 0.0)
+    scale = tl.rsqrt(tl.sum(centred * centred, axis=1) / num_channels + eps)
+    w = tl.load(weight + columns, mask=columns < num_channels, other=0.0).to(tl.float32)
+    result = centred * scale[:, None] * w
+    if HAS_BIAS:
+        result += tl.load(bias + columns, mask=columns < num_channels, other=0.0).to(tl.float32)
+    tl.store(y + out_offsets, result.to(values.dtype), mask=mask)
+
+
+@triton.jit
+def layernorm_backward_kernel(
+    dy,
+    dh,
+    h,
+    weight,
+    dx,
+    dweight_parts,
+    dbias_parts,
+    num_rows,
+    num_channels,
+    h_inner,
+    h_outer_stride,
+    h_inner_stride,
+    eps,
+    HAS_DH: tl.constexpr,
+    HAS_DWEIGHT: tl.constexpr,
+    HAS_DBIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    columns = tl.arange(0, BLOCK)[None, :]
+    w = tl.load(weight + columns, mask=columns < num_channels, other=0.0).to(tl.float32)
+    dw = tl.zeros([ROWS, BLOCK], tl.float32)
+    db = tl.zeros([ROWS, BLOCK], tl.float32)
+    for block in range(program, tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
+        rows = block * ROWS + tl.arange(0, ROWS).to(tl.int64)
+        mask = (rows < num_rows)[:, None] & (columns < num_channels)
+        offsets = rows[:, None] * num_channels + columns
+        h_offsets = (rows // h_inner) * h_outer_stride + (rows % h_inner) * h_inner_stride
+        values = tl.load(h + h_offsets[:, None] + columns, mask=mask, other=0.0).to(tl.float32)
+        gradient = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32)
+        centred = tl.where(mask, values - (tl.sum(values, axis=1) / num_channels)[:, None], 0.0)
+        scale = tl.rsqrt(tl.sum(centred * centred, axis=1) / num_channels + eps)[:, None]
+        normed = centred * scale
+        if HAS_DWEIGHT:
+            dw += gradient * normed
+        if HAS_DBIAS:
+            db += gradient
+        gradient *= w
+        mean = tl.sum(gradient, axis=1) / num_channels
+        projection = tl.sum(gradient * normed, axis=1) / num_channels
+        result = (gradient - mean[:, None] - normed * projection[:, None]) * scale
+        if HAS_DH:
+            result += tl.load(dh + offsets, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx + offsets, result.to(dx.dtype.element_ty), mask=mask)
+    part = program.to(tl.int64) * num_channels + tl.arange(0, BLOCK)
+    if HAS_DWEIGHT:
+        tl.store(dweight_parts + part, tl.sum(dw, axis=0), mask=tl.arange(0, BLOCK) < num_channels)
+    if HAS_DBIAS:
+        tl.store(dbias_parts + part, tl.sum(db, axis=0), mask=tl.arange(0, BLOCK) < num_channels)
+
+
+def _forward_config(block: int) -> dict[str, int]:
+    return {"rows": max(1, min(16, 2048 // block)), "num_warps": max(2, min(16, block // 1024))}
+
+
+def _backward_config(block: int) -> dict[str, int]:
+    return {"rows": max(1, min(8, 1024 // block)), "num_warps": max(4, min(16, block // 512))}
+
+
+def _launch_forward(x, weight, bias, eps, residual):
+    shape = x.shape
+    y = torch.empty(shape, dtype=x.dtype, device=x.device)
+    h = torch.empty(shape, dtype=x.dtype, device=x.device) if residual is not None else y
+    x, num_rows, inner, outer_stride, inner_stride = as_rows(x)
+    added, _, added_inner, added_outer_stride, added_inner_stride = as_rows(x if residual is None else residual)
+    if num_rows:
+        block = triton.next_power_of_2(shape[-1])
+        config = tuned_config("layernorm", f"forward {block}", _forward_config(block))
+        weight = weight.contiguous()
+        layernorm_forward_kernel[(triton.cdiv(num_rows, config["rows"]),)](
+            x, added, weight, weight if bias is None else bias.contiguous(), y, h, num_rows, shape[-1],
+            inner, outer_stride, inner_stride, added_inner, added_outer_stride, added_inner_stride, eps,
+            HAS_RESIDUAL=residual is not None, HAS_BIAS=bias is not None,
+            ROWS=config["rows"], BLOCK=block, num_warps=config["num_warps"],
+        )  # fmt: skip
+    return y, h
+
+
+def _launch_backward(dy, dh, h, weight, eps, want_dweight, want_dbias):
+    dx = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    num_channels = h.shape[-1]
+    block = triton.next_power_of_2(num_channels)
+    config = tuned_config("layernorm", f"backward {block}", _backward_config(block))
+    h, num_rows, inner, outer_stride, inner_stride = as_rows(h)
+    num_blocks = triton.cdiv(num_rows, config["rows"])
+    num_programs = num_reduction_programs(h, num_blocks) if want_dweight or want_dbias else num_blocks
+    parts = torch.zeros if num_rows == 0 else torch.empty
+    dweight = parts((num_programs, num_channels), dtype=torch.float32, device=h.device) if want_dweight else None
+    dbias = parts((num_programs, num_channels), dtype=torch.float32, device=h.device) if want_dbias else None
+    if num_rows:
+        dy = dy.contiguous()
+        layernorm_backward_kernel[(num_programs,)](
+            dy, dy if dh is None else dh.contiguous(), h, weight.contiguous(), dx,
+            dx if dweight is None else dweight, dx if dbias is None else dbias,
+            num_rows, num_channels, inner, outer_stride, inner_stride, eps,
+            HAS_DH=dh is not None, HAS_DWEIGHT=want_dweight, HAS_DBIAS=want_dbias,
+            ROWS=config["rows"], BLOCK=block, num_warps=config["num_warps"],
+        )  # fmt: skip
+    return (
+        dx,
+        None if dweight is None else dweight.sum(0).to(weight.dtype),
+        None if dbias is None else dbias.sum(0).to(weight.dtype),
+    )
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, weight, bias, eps, residual):
+        y, h = _launch_forward(x, weight, bias, eps, residual)
+        ctx.set_materialize_grads(False)
+        ctx.eps = eps
+        ctx.save_for_backward(x if residual is None else h, weight)
+        return y if residual is None else (y, h)
+
+    @staticmethod
+    def backward(ctx: Any, dy, dh=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        h, weight = ctx.saved_tensors
+        _, want_dweight, want_dbias, _, want_dresidual = ctx.needs_input_grad
+        if dy is None:
+            return dh, None, None, None, dh
+        dx, dweight, dbias = _launch_backward(dy, dh, h, weight, ctx.eps, want_dweight, want_dbias)
+        return dx, dweight, dbias, None, dx if want_dresidual else None
+
+
 def layernorm(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -49,19 +227,124 @@ def layernorm(
     *,
     residual: torch.Tensor | None = None,
     backend: str | None = None,
-):
+) -> Any:
     """Normalises the last dimension of ``x`` [..., C]; ``weight`` [C], ``bias`` [C] or None.
 
     With ``residual`` (same shape as x) returns ``(y, x + residual)``, else ``y``. Differentiable.
-    Raises ValueError where shapes do not fit.
+    Raises ValueError where shapes, dtypes or devices do not fit.
     """
-    if weight.dim() != 1 or x.shape[-1] != weight.shape[0]:
-        raise bad_argument(
-            "layernorm", "weight", f"of shape {tuple(weight.shape)}", f"[{x.shape[-1]}], x's last dimension"
-        )
+    if x.dim() < 2 or weight.dim() != 1 or x.shape[-1] != weight.shape[0]:
+        given = f"of shape {tuple(weight.shape)}"
+        raise bad_argument("layernorm", "weight", given, f"[C] for x [..., C]; x is {tuple(x.shape)}")
     if bias is not None and bias.shape != weight.shape:
         raise bad_argument("layernorm", "bias", f"of shape {tuple(bias.shape)}", f"{tuple(weight.shape)}")
-    if residual is not None and residual.shape != x.shape:
-        raise bad_argument("layernorm", "residual", f"of shape {tuple(residual.shape)}", f"x's shape {tuple(x.shape)}")
-    choose_backend("layernorm", x, backend, ("torch",))
-    return _layernorm_torch(x, weight, bias, eps, residual)
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        given = f"{residual.dtype} of shape {tuple(residual.shape)}"
+        raise bad_argument("layernorm", "residual", given, f"as x: {x.dtype} {tuple(x.shape)}")
+    if choose_backend("layernorm", x, backend, ("torch", "triton")) == "torch":
+        return _layernorm_torch(x, weight, bias, eps, residual)
+    check_triton_operands("layernorm", x, weight=weight, bias=bias, residual=residual)
+    if needs_grad(x, weight, bias, residual):
+        return _LayerNorm.apply(x, weight, bias, eps, residual)
+    y, h = _launch_forward(x, weight, bias, eps, residual)
+    return y if residual is None else (y, h)
+
+
+def _make_inputs(case: Case, device: str, dtype: torch.dtype, seed: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (case["T"], case["C"])
+    inputs: dict[str, Any] = {
+        "x": torch.randn(shape, generator=generator).to(device, dtype),
+        "weight": (1 + 0.1 * torch.randn(case["C"], generator=generator)).to(device, dtype),
+        "bias": (0.1 * torch.randn(case["C"], generator=generator)).to(device, dtype) if case.get("bias") else None,
+        "eps": 1e-5,
+    }
+    if case.get("residual", True):
+        inputs["residual"] = torch.randn(shape, generator=generator).to(device, dtype)
+    if case.get("pass", "forward") != "forward":
+        for name in ("x", "residual", *(("weight", "bias") if case.get("train_weight") else ())):
+            if inputs.get(name) is not None:
+                inputs[name].requires_grad_()
+    return inputs
+
+
+def _bytes(case: Case) -> int:
+    tensors = {"forward": 2 + 2 * case.get("residual", True), "backward": 3 + case.get("residual", True)}
+    return tensors[case.get("pass", "forward")] * case["T"] * case["C"] * 2
+
+
+def _compile_cases(target: int) -> list[CompileCase]:
+    cases = []
+    for channels in (576, 4096, 7168, 8192):
+        block = triton.next_power_of_2(channels)
+        integers = dict.fromkeys(("num_rows", "num_channels", "x_inner", "x_outer_stride", "x_inner_stride"), "i32")
+        integers |= dict.fromkeys(("residual_inner", "residual_outer_stride", "residual_inner_stride"), "i32")
+        config = tuned_config("layernorm", f"forward {block}", _forward_config(block))
+        cases.append(
+            CompileCase(
+                f"forward C={channels}",
+                layernorm_forward_kernel,
+                {**dict.fromkeys(("x", "residual", "weight", "bias", "y", "h"), "*bf16"), **integers, "eps": "fp32"},
+                {"HAS_RESIDUAL": True, "HAS_BIAS": False, "ROWS": config["rows"], "BLOCK": block},
+                num_warps=config["num_warps"],
+                attrs=dict.fromkeys(("num_channels", "x_outer_stride", "residual_outer_stride"), 16),
+            )
+        )
+        config = tuned_config("layernorm", f"backward {block}", _backward_config(block))
+        cases.append(
+            CompileCase(
+                f"backward C={channels}",
+                layernorm_backward_kernel,
+                {
+                    **dict.fromkeys(("dy", "dh", "h", "weight", "dx"), "*bf16"),
+                    **dict.fromkeys(("dweight_parts", "dbias_parts"), "*fp32"),
+                    **dict.fromkeys(
+                        ("num_rows", "num_channels", "h_inner", "h_outer_stride", "h_inner_stride"), "i32"
+                    ),
+                    "eps": "fp32",
+                },
+                {
+                    "HAS_DH": True,
+                    "HAS_DWEIGHT": True,
+                    "HAS_DBIAS": False,
+                    "ROWS": config["rows"],
+                    "BLOCK": block,
+                },
+                num_warps=config["num_warps"],
+                attrs=dict.fromkeys(("num_channels", "h_outer_stride"), 16),
+            )
+        )
+    return cases
+
+
+def _tuning(case: Case) -> tuple[str, list[dict[str, int]]]:
+    block = triton.next_power_of_2(case["C"])
+    rows = [r for r in (1, 2, 4, 8, 16) if r * block <= 16384]
+    warps = [w for w in (1, 2, 4, 8, 16)]
+    return f"{case.get('pass', 'forward')} {block}", [
+        {"rows": r, "num_warps": w} for r in rows for w in warps if 8 <= r * block // (32 * w) <= 64
+    ]
+
+
+SPEC = KernelSpec(
+    op="layernorm",
+    run=layernorm,
+    reference=layernorm_reference,
+    make_inputs=_make_inputs,
+    test_cases=tuple(
+        {"T": t, "C": c, "residual": r, "bias": b}
+        for t, c, r, b in ((1, 1, True, True), (7, 64, True, False), (5, 65, False, True), (0, 32, True, True), (33, 127, True, True))
+    ),
+    bench_cases=(
+        {"model": "MPT-7B", "T": 8192, "C": 4096},
+        {"model": "MPT-7B", "T": 8192, "C": 4096, "pass": "backward"},
+        {"model": "MPT-30B", "T": 8192, "C": 7168},
+        {"model": "MPT-30B", "T": 8192, "C": 7168, "pass": "backward"},
+        {"model": "MPT-7B decode", "T": 64, "C": 4096},
+    ),
+    bytes=_bytes,
+    flops=lambda case: 10 * case["T"] * case["C"],
+    compile_cases=_compile_cases,
+    peers={"torch": lambda **inputs: layernorm(**inputs, backend="torch")},
+    tuning=_tuning,
+)
