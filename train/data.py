@@ -120,7 +120,9 @@ def fit_examples(
         longest = max(longest, length)
         if length > max_length:
             if long_examples == "error":
-                raise InputError(f"{name}: {length} tokens, but max_length is {max_length}; shorten it or raise max_length")
+                raise InputError(
+                    f"{name}: {length} tokens, but max_length is {max_length}; shorten it or raise max_length"
+                )
             room = max_length - len(response)
             if long_examples == "drop" or room < 1:
                 dropped += 1

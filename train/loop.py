@@ -27,7 +27,6 @@ from .checkpoint import load_checkpoint, save_checkpoint, write_atomic
 from .data import (
     LONG_EXAMPLES,
     NORMALISATIONS,
-    FitReport,
     MicroBatch,
     TrainExample,
     build_micro_batches,
@@ -165,9 +164,9 @@ def tune(
     once. Raises InputError for unusable rows or settings, and for a checkpoint made with others; FloatingPointError when
     the loss is no number, naming the rows, with the last good checkpoint kept.
     """
-    return Trainer(
-        model, examples, config, out, val_examples=val_examples, base_model=base_model, on_step=on_step
-    ).run(resume=resume)
+    return Trainer(model, examples, config, out, val_examples=val_examples, base_model=base_model, on_step=on_step).run(
+        resume=resume
+    )
 
 
 class Trainer:
@@ -472,9 +471,7 @@ def _to_host(values: torch.Tensor) -> tuple[torch.Tensor, Any]:
     return host, event
 
 
-def _split(
-    examples: list[TrainExample], fraction: float, seed: int
-) -> tuple[list[TrainExample], list[TrainExample]]:
+def _split(examples: list[TrainExample], fraction: float, seed: int) -> tuple[list[TrainExample], list[TrainExample]]:
     """(training rows, validation rows), the latter drawn at random and both in the order given."""
     if not fraction:
         return examples, []

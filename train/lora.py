@@ -116,7 +116,9 @@ class TrainableLora:
             bound = 1.0 / math.sqrt(pair.in_features)
             a, _ = pair.views(self.flat)
             for part in pair.parts:
-                drawn = torch.empty(part.last - part.first, pair.in_features).uniform_(-bound, bound, generator=generator)
+                drawn = torch.empty(part.last - part.first, pair.in_features).uniform_(
+                    -bound, bound, generator=generator
+                )
                 a[part.first : part.last].copy_(drawn)
         self.refresh()
 
@@ -198,7 +200,9 @@ class TrainableLora:
         adapter = load_adapter(path, self.model)
         mine = self.matrices()
         if set(adapter.matrices) != set(mine):
-            raise InputError(f"{path}: adapts other layers than targets {','.join(self.targets)}; pass the same targets")
+            raise InputError(
+                f"{path}: adapts other layers than targets {','.join(self.targets)}; pass the same targets"
+            )
         for key, (a, b) in mine.items():
             their_a, their_b = adapter.matrices[key]
             if their_a.shape != a.shape or their_b.shape != b.shape:
@@ -218,7 +222,7 @@ def adaptable_names(model: Any) -> tuple[str, ...]:
 
 
 def resolve_targets(model: Any, targets: str | Sequence[str]) -> tuple[str, ...]:
-    """"all" or names -> the part names to adapt. Raises InputError for a name that the model does not have."""
+    """ "all" or names -> the part names to adapt. Raises InputError for a name that the model does not have."""
     existing = adaptable_names(model)
     if isinstance(targets, str):
         targets = [t.strip() for t in targets.split(",") if t.strip()]
