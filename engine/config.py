@@ -113,7 +113,7 @@ class ModelConfig:
 
     @staticmethod
     def from_folder(path: str | Path) -> ModelConfig:
-        """Reads ``config.json`` of a Hugging Face folder, and ``generation_config.json`` for further end-of-text ids."""
+        """Reads a Hugging Face folder: ``config.json``, and ``generation_config.json`` for further end-of-text ids."""
         folder = Path(path)
         if not folder.is_dir():
             raise InputError(f"{folder}: no such model folder; give a folder with config.json, or a .gguf file")

@@ -225,7 +225,7 @@ def _token_id(backend: Backend, token: Any) -> int | None:
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
-    """Builds the tokenizer that a GGUF file's metadata describes: byte-level BPE ("gpt2") or SentencePiece ("llama")."""
+    """Builds the tokenizer that a GGUF file describes: byte-level BPE ("gpt2") or SentencePiece ("llama")."""
     kind = metadata.get("tokenizer.ggml.model")
     tokens = metadata.get("tokenizer.ggml.tokens")
     if kind not in ("gpt2", "llama") or not isinstance(tokens, list):

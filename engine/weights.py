@@ -19,7 +19,7 @@ from .config import ModelConfig, read_json
 from .layout import EMBEDDING, HEAD, expected_tensors, top_path
 
 # Buffers that older exporters wrote beside the weights; they follow from the config.
-_DERIVED = re.compile(r"(\.rotary_emb\.inv_freq|\.attn\.(masked_)?bias|\.attn_bias)$")
+_DERIVED = re.compile(r"(\.rotary_emb\.inv_freq|\.attn\.(masked_)?bias|\.attn_bias|\.position_ids)$")
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
@@ -46,10 +46,11 @@ class SafetensorsFolder(Mapping[str, torch.Tensor]):
             if any(self.path.glob("*.bin")):
                 hint = "only .bin weights, which are pickles; run `specialize convert SRC DST` once"
             raise InputError(f"{self.path}: {hint}")
+        self.files = files
         for file in files:
             self._read_header(file)
         if weight_map is not None:
-            lost = sorted(set(weight_map) - set(self._files))
+            lost = sorted(n for n in weight_map if n not in self._files and not _DERIVED.search(n))
             if lost:
                 raise InputError(f"{index}: names tensors that no shard holds: {_some(lost)}")
 
@@ -61,6 +62,8 @@ class SafetensorsFolder(Mapping[str, torch.Tensor]):
             names = list(handle.keys())
             for name in names:
                 view = handle.get_slice(name)
+                if _DERIVED.search(name):
+                    continue
                 if view.get_dtype() not in _FLOATS:
                     raise InputError(
                         f"{file}: tensor {name} has type {view.get_dtype()}; allowed: {', '.join(sorted(_FLOATS))}"
@@ -108,7 +111,7 @@ def check_tensors(found: Mapping[str, tuple[int, ...]], config: ModelConfig, sou
     """Raises InputError naming tensors that are missing, surplus, or of another shape than the config says."""
     expected = expected_tensors(config)
     missing = [name for name in expected if name not in found]
-    surplus = [name for name in found if name not in expected and not _DERIVED.search(name)]
+    surplus = [name for name in found if name not in expected]
     if config.tied_embeddings:  # many exporters write the tied matrix twice
         surplus = [name for name in surplus if name != top_path(config, HEAD) + ".weight"]
     if missing or surplus:

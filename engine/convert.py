@@ -1,0 +1,179 @@
+"""Checkpoints written anew as safetensors: released ``.bin`` shards, or any tensors under their checkpoint names.
+
+``.bin`` files are pickles; torch's ``weights_only`` reader admits tensors and nothing else. Output appears whole or not
+at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from specialize.errors import InputError
+
+from .config import ModelConfig, read_json
+from .layout import expected_tensors
+from .weights import SafetensorsFolder, check_tensors
+
+MAX_SHARD_BYTES = 5 * 10**9
+_COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*")
+_NOT_COPIED = ("*.index.json", "*.safetensors", "*.bin")
+
+
+class BinFolder(Mapping[str, torch.Tensor]):
+    """Tensors of ``pytorch_model*.bin`` files, mapped where the file's format allows it."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        index = self.path / "pytorch_model.bin.index.json"
+        if index.exists():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise InputError(f"{index}: weight_map is missing")
+            names = sorted(set(weight_map.values()))
+        else:
+            names = sorted(f.name for f in self.path.glob("pytorch_model*.bin"))
+        if not names:
+            raise InputError(f"{self.path}: neither *.safetensors nor pytorch_model*.bin in it")
+        self._tensors: dict[str, torch.Tensor] = {}
+        for name in names:
+            self._tensors.update(_load_bin(self.path / name))
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def _load_bin(file: Path) -> dict[str, torch.Tensor]:
+    if not file.exists():
+        raise InputError(f"{file}: this shard is missing; the download is incomplete")
+    try:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # files of torch < 1.6 cannot be mapped
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise InputError(f"{file}: holds more than tensors, or is no torch checkpoint; it is not read") from None
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{file}: not a whole torch checkpoint ({reason}); fetch it again") from None
+    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        raise InputError(f"{file}: does not map names to tensors")
+    return state
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    on_tensor: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Writes a model folder with safetensors from one with ``.bin`` or safetensors files; returns it.
+
+    ``dtype`` casts the weights. ``on_tensor(done_bytes, total_bytes)`` reports progress. Raises InputError where the
+    source is not a whole, known model, the target exists, or the disk has too little room.
+    """
+    source = Path(source)
+    config = ModelConfig.from_folder(source)
+    has_safetensors = any(source.glob("*.safetensors"))
+    tensors = SafetensorsFolder(source) if has_safetensors else BinFolder(source)
+    shapes = {n: s for n, s in tensors.shapes.items() if not n.endswith(".inv_freq")}
+    check_tensors(shapes, config, str(source))
+    wanted = {name: tensors[name] for name in expected_tensors(config)} if not has_safetensors else tensors
+    return write_folder(
+        target, config, wanted, copy_from=source, dtype=dtype, max_shard_bytes=max_shard_bytes, on_tensor=on_tensor
+    )
+
+
+def write_folder(
+    target: str | Path,
+    config: ModelConfig,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    copy_from: Path,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    on_tensor: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Writes the config's tensors as one model folder, with the companions (config, tokenizer) of ``copy_from``."""
+    target = Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target}: exists already; give a new folder")
+    shards = _plan(config, tensors, dtype, max_shard_bytes)
+    total = sum(size for shard in shards for _, size in shard)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free
+    if free < total * 1.01:
+        raise InputError(f"{target}: needs {total / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free")
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        weight_map, done = {}, 0
+        for i, shard in enumerate(shards):
+            single = len(shards) == 1
+            file_name = "model.safetensors" if single else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+            content = {}
+            for name, size in shard:
+                tensor = tensors[name]
+                content[name] = tensor.to(dtype or tensor.dtype).contiguous().clone()
+                weight_map[name] = file_name
+                done += size
+                if on_tensor is not None:
+                    on_tensor(done, total)
+            save_file(content, partial / file_name, metadata={"format": "pt"})
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        _copy_companions(copy_from, partial, dtype)
+        partial.chmod(0o755)
+        if target.exists():
+            target.rmdir()
+        os.replace(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return target
+
+
+def _plan(
+    config: ModelConfig, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None, max_shard_bytes: int
+) -> list[list[tuple[str, int]]]:
+    """Names and sizes in bytes, in the model's order, cut into shards."""
+    shards: list[list[tuple[str, int]]] = [[]]
+    room = max_shard_bytes
+    for name in expected_tensors(config):
+        tensor = tensors[name]
+        size = tensor.numel() * (dtype or tensor.dtype).itemsize
+        if shards[-1] and size > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append((name, size))
+        room -= size
+    return shards
+
+
+def _copy_companions(source: Path, target: Path, dtype: torch.dtype | None) -> None:
+    for pattern in _COMPANIONS:
+        for file in source.glob(pattern):
+            if file.is_file() and not any(file.match(p) for p in _NOT_COPIED):
+                shutil.copyfile(file, target / file.name)
+    if dtype is not None:
+        config = read_json(target / "config.json")
+        key = "torch_dtype" if "torch_dtype" in config else "dtype"
+        config[key] = str(dtype).removeprefix("torch.")
+        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
