@@ -1,7 +1,7 @@
 """LoRA adapters: files in PEFT's format, a pool that serves several in one batch, and merging one into the weights.
 
-A file holds A [R, in] and B [out, R] per module of the checkpoint. Our fused linear layers take one pair each: the parts'
-A stacked along the rank, their B on the diagonal blocks.
+A file holds A [R, in] and B [out, R] per module of the checkpoint. Our fused linear layers take one pair each: the
+parts' A stacked along the rank, their B on the diagonal blocks.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Adapter:
-    """``parts`` maps a module's path to its A [R, in] and B [out, R]; ``matrices`` maps (layer_id, linear name) to the same
-    fused for the model. All fp32 on the CPU; the update is ``scaling · B A``. Equal contents have equal fingerprints."""
+    """``parts`` maps a module's path to its A [R, in] and B [out, R]; ``matrices`` maps (layer_id, linear name) to the
+    same fused for the model. All are fp32 on the CPU; the update is ``scaling · B A``. Equal contents have equal
+    fingerprints."""
 
     parts: dict[str, Pair]
     matrices: dict[tuple[int, str], Pair]

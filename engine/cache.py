@@ -96,7 +96,8 @@ def plan_pages(
         budget = engine.memory_bytes
         if budget + workspace > available:
             raise InputError(
-                f"a KV cache of {budget / 2**30:.2f} GiB is asked for; {max(available - workspace, 0) / 2**30:.2f} GiB are free"
+                f"a KV cache of {budget / 2**30:.2f} GiB is asked for; beside the activations "
+                f"{max(available - workspace, 0) / 2**30:.2f} GiB are free"
             )
     elif torch.device(device).type == "cuda":
         budget = int(0.92 * available) - workspace

@@ -49,7 +49,7 @@ class PageAllocator:
         return pages
 
     def allocate(self, count: int) -> list[int] | None:
-        """``count`` pages of unknown contents with one holder each, or None (and nothing changes) if too few are left."""
+        """``count`` pages of unknown contents with one holder each; None, and no change, if too few are left."""
         if count > self.num_available:
             return None
         pages = []
@@ -70,7 +70,7 @@ class PageAllocator:
             self._key_of[page] = key
 
     def release(self, pages: Sequence[int]) -> None:
-        """Gives up one hold on each page. Later pages of a sequence grow old before earlier ones, which more can share."""
+        """Gives up one hold on each page. Later pages of a sequence grow old before earlier ones: more share those."""
         for page in reversed(pages):
             if self._holders[page] <= 0:
                 raise RuntimeError(f"page {page} is released but nobody holds it")

@@ -82,9 +82,9 @@ class Request:
 class Completion:
     """What came of one sample of a request. ``index`` counts the request's samples (0 … n-1).
 
-    ``finish_reason`` is "stop" (end token or stop string), "length" (max_tokens or the context's end) or "error", which
-    ``error`` explains. ``token_ids`` holds all that was generated, an end token included. ``logprobs`` has per generated
-    token a list of (token_id, logprob), most likely first, the drawn token last where it is none of the K.
+    ``finish_reason`` is "stop" (end token or stop string), "length" (max_tokens or the context's end) or "error",
+    which ``error`` explains. ``token_ids`` holds all that was generated, an end token included. ``logprobs`` has per
+    generated token a list of (token_id, logprob), most likely first, the drawn token last where it is none of the K.
     """
 
     request_id: int

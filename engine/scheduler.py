@@ -1,8 +1,9 @@
 """Decides, step by step, which sequences run, with how many tokens, on which pages.
 
-Running sequences decode one token a step; what is left of the token budget goes to prompts, in chunks, first come first
-served. When pages run out, the sequence admitted last gives its pages up and is computed again later. State of all running
-sequences lies in NumPy rows, so a step costs a few vectorised operations whatever the contexts' lengths. No torch here.
+Running sequences decode one token a step; what is left of the token budget goes to prompts, in chunks, first come
+first served. When pages run out, the sequence admitted last gives its pages up and is computed again later. State of all
+running sequences lies in NumPy rows, so a step costs a few vectorised operations whatever the contexts' lengths. No torch
+here.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class EngineConfig:
                 raise InputError(f"engine: {name} is {value}; allowed: an integer from 1, or None")
         if self.max_batch_tokens and self.max_sequences and self.max_batch_tokens < self.max_sequences:
             raise InputError(
-                f"engine: max_batch_tokens is {self.max_batch_tokens}; allowed: at least max_sequences ({self.max_sequences})"
+                f"engine: max_batch_tokens is {self.max_batch_tokens}; "
+                f"allowed: from max_sequences, {self.max_sequences}, on"
             )
 
 
@@ -223,6 +225,18 @@ class Scheduler:
     def retire(self, sequence: Sequence) -> None:
         """Takes a running sequence out, finished or given up."""
         self._leave(sequence)
+
+    def preempt_all(self) -> None:
+        """Every running sequence waits again, to be computed anew in the same order."""
+        for sequence in reversed(self._running.copy()):
+            self._preempt(sequence)
+
+    def shrink_budget(self) -> bool:
+        """Halves the tokens of a step; False when it cannot get smaller."""
+        smaller = max(self.max_batch_tokens // 2, len(self.rows.num_tokens))
+        changed = smaller < self.max_batch_tokens
+        self.max_batch_tokens = smaller
+        return changed
 
     def abort(self) -> None:
         """Gives up everything; no page stays held."""

@@ -1,9 +1,9 @@
 """Builds and loads the C++ twins of the kernels for CPUs where eager torch is too slow.
 
-Each file in ``kernels/cpp`` is compiled once per machine into the user's cache folder, named by a hash of the sources, the
-compiler, the CPU's features and the OpenMP runtime, and loaded with ctypes: a plain C interface, no torch headers. The library
-is linked against the OpenMP runtime that torch itself uses; a second one would keep a second set of threads spinning on
-the same cores.
+Each file in ``kernels/cpp`` is compiled once per machine into the user's cache folder, named by a hash of the sources,
+the compiler, the CPU's features and the OpenMP runtime, and loaded with ctypes: a plain C interface, no torch headers. The
+library is linked against the OpenMP runtime that torch itself uses; a second one would keep a second set of threads
+spinning on the same cores.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _openmp_library() -> str | None:
 
 
 def _compile(name: str, path: Path) -> None:
-    """Into a temporary file beside the target, then renamed: parallel builds and interruptions leave whole files only."""
+    """Into a temporary folder beside the target, then renamed: parallel builds and interruptions leave whole files."""
     compiler = find_compiler()
     assert compiler is not None
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,562 @@
+"""Text from prompts: owns the model, the pages of its KV cache, the adapters, and the loop that drives them.
+
+A step reads: schedule → build the batch → forward → sample → commit. Requests are taken from an iterable as room
+appears, and completions come out as they finish.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from specialize.errors import InputError
+
+from ..kernels.sampling import sample
+from .adapter import AdapterPool, load_adapter, merge_adapter
+from .batch import Batch, build_step
+from .cache import KVCache, plan_pages
+from .model import Model
+from .pages import PageAllocator
+from .sampler import Completion, Request, SamplingParams, stream_key
+from .scheduler import EngineConfig, Scheduler, StepPlan
+from .scheduler import Sequence as SequenceState
+from .stops import StopWatcher
+
+if TYPE_CHECKING:
+    from .tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Stats:
+    """Sums over a generator's life (or since ``reset``). ``seconds`` is time spent in steps, host work included."""
+
+    requests: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    generated_tokens: int = 0
+    computed_tokens: int = 0
+    steps: int = 0
+    preemptions: int = 0
+    out_of_memory: int = 0
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.generated_tokens / self.seconds if self.seconds else 0.0
+
+    def as_dict(self) -> dict[str, float]:
+        return {**asdict(self), "tokens_per_second": self.tokens_per_second}
+
+
+class Generator:
+    """Continuous batching over one model. Not for several threads at once; interleaved streams are fine."""
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer | None = None,
+        config: EngineConfig | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
+    ) -> None:
+        """Without a tokenizer, prompts are lists of token ids and completions have no text."""
+        self.model, self.tokenizer = model, tokenizer
+        self.config = config = config or EngineConfig()
+        on_gpu = model.device.type == "cuda"
+        self.max_sequences = config.max_sequences or min(256 if on_gpu else 64, config.max_batch_tokens or 1 << 30)
+        self.max_batch_tokens = config.max_batch_tokens or max(8192 if on_gpu else 1024, self.max_sequences)
+        if self.max_batch_tokens < self.max_sequences:
+            raise InputError(
+                f"engine: max_batch_tokens is {self.max_batch_tokens}; allowed: from max_sequences, {self.max_sequences}, on"
+            )
+        max_context = min(config.max_context or model.config.max_context, model.config.max_context)
+        num_pages = plan_pages(
+            model.config, config, max_batch_tokens=self.max_batch_tokens, max_sequences=self.max_sequences,
+            max_context=max_context, dtype=model.dtype, device=model.device,
+        )  # fmt: skip
+        self.max_context = min(max_context, num_pages * config.page_size)
+        self.allocator = PageAllocator(num_pages, config.page_size)
+        self.cache = KVCache(model.config, num_pages, config.page_size, model.dtype, model.device)
+        self.stats = Stats()
+        self._pool = AdapterPool(model)
+        self._adapters: dict[str, tuple[int, bytes]] = {}  # name → slot, fingerprint
+        end_ids = set(model.config.eos_token_ids) | set(tokenizer.eos_ids if tokenizer else ())
+        self._end_ids = tuple(sorted(end_ids))
+        for name, path in (adapters or {}).items():
+            self.load_adapter(path, name)
+
+    @staticmethod
+    def from_pretrained(
+        path: str | Path,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        config: EngineConfig | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
+        merge: str | Path | None = None,
+    ) -> Generator:
+        """Loads a model folder or GGUF file with its tokenizer. ``merge`` is an adapter folder added to the weights."""
+        from .tokenizer import Tokenizer
+
+        device = choose_device(device)
+        model = Model.from_pretrained(path, dtype=choose_dtype(dtype, device), device=device, inference=True)
+        tokenizer = Tokenizer.from_pretrained(path)
+        tokenizer.check_vocabulary(model.config)
+        if merge is not None:
+            merge_adapter(model, load_adapter(merge, model))
+        return Generator(model, tokenizer, config, adapters)
+
+    def load_adapter(self, path: str | Path, name: str | None = None) -> str:
+        """Makes an adapter folder available under a name (its path by default) and returns the name."""
+        name = name or str(path)
+        if name in self._adapters:
+            raise InputError(f"adapter {name!r} is loaded already; unload it first or choose another name")
+        adapter = load_adapter(path, self.model)
+        self._adapters[name] = (self._pool.add(adapter), adapter.fingerprint)
+        return name
+
+    def unload_adapter(self, name: str) -> None:
+        slot, _ = self._adapter(name)
+        self._pool.remove(slot)
+        del self._adapters[name]
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        adapter: str | Sequence[str | None] | None = None,
+        request_ids: Sequence[int] | None = None,
+        on_completion: Callable[[Completion], None] | None = None,
+    ) -> list[Completion]:
+        """Completes all prompts; n per prompt, in the prompts' order.
+
+        A prompt's place in the list is its request id, which keys its random stream, unless ``request_ids`` says
+        otherwise. All prompts are checked before any work; the first unusable one raises InputError.
+        ``on_completion`` hears of each completion as soon as it is done.
+        """
+        requests = self._requests(prompts, params, adapter, request_ids)
+        for place, request in enumerate(requests):
+            problem = self._problem(request)
+            if problem:
+                raise InputError(f"prompt {place}: {problem}")
+        order = {request.request_id: place for place, request in enumerate(requests)}
+        if len(order) != len(requests):
+            raise InputError("request_ids: each must differ from the others")
+        results: list[list[Completion | None]] = [[None] * request.params.n for request in requests]
+        for completion in self.run(requests):
+            results[order[completion.request_id]][completion.index] = completion
+            if on_completion is not None:
+                on_completion(completion)
+        return [completion for samples in results for completion in samples if completion is not None]
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """Takes requests as room appears and yields completions as they finish. A request that cannot be served comes
+        out as a completion with ``finish_reason`` "error"; the others go on."""
+        for event in self._drive(requests, streaming=False):
+            if isinstance(event, Completion):
+                yield event
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, adapter: str | None = None
+    ) -> Iterator[str]:
+        """Text of one completion, piece by piece; never half a character, never part of a stop string."""
+        [request] = self._requests([prompt], params, adapter, None)
+        if self.tokenizer is None:
+            raise InputError("streaming gives text, and this generator has no tokenizer")
+        if request.params.n != 1:
+            raise InputError(f"sampling: n is {request.params.n}; a stream has one sample")
+        problem = self._problem(request)
+        if problem:
+            raise InputError(problem)
+        for event in self._drive([request], streaming=True):
+            if isinstance(event, str):
+                yield event
+            elif event.error:
+                raise RuntimeError(event.error)
+
+    @torch.inference_mode()
+    def score(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, adapter: str | None = None
+    ) -> list[list[float]]:
+        """Log-probabilities of each continuation's tokens; pairs are (prompt_ids, continuation_ids)."""
+        slot = -1 if adapter is None else self._adapter(adapter)[0]
+        for place, (prompt, continuation) in enumerate(pairs):
+            problem = self._problem(Request(list(prompt) + list(continuation)[:-1], SamplingParams(max_tokens=1)))
+            if problem or not prompt:
+                raise InputError(f"pair {place}: {problem or 'the prompt is empty; give at least one token'}")
+        scores: list[list[float]] = []
+        group: list[tuple[Sequence[int], Sequence[int]]] = []
+        tokens = 0
+        for pair in pairs:
+            length = len(pair[0]) + len(pair[1])
+            if group and tokens + length > self.max_batch_tokens:
+                scores += self._score_group(group, slot)
+                group, tokens = [], 0
+            group.append(pair)
+            tokens += length
+        return scores + (self._score_group(group, slot) if group else [])
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt given as text or as ids."""
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise InputError("this generator has no tokenizer; give prompts as lists of token ids")
+            return self.tokenizer.encode(prompt)
+        return list(prompt)
+
+    def _requests(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        adapter: str | Sequence[str | None] | None,
+        request_ids: Sequence[int] | None,
+    ) -> list[Request]:
+        if isinstance(prompts, str):
+            raise InputError("prompts is one string; give a list of prompts")
+        count = len(prompts)
+        each_params = [params or SamplingParams()] * count if not isinstance(params, Sequence) else list(params)
+        each_adapter = [adapter] * count if adapter is None or isinstance(adapter, str) else list(adapter)
+        ids = list(range(count)) if request_ids is None else list(request_ids)
+        for name, values in (("params", each_params), ("adapter", each_adapter), ("request_ids", ids)):
+            if len(values) != count:
+                raise InputError(f"{name}: {len(values)} are given for {count} prompts; give one for all, or one each")
+        encoded: list[Sequence[int]]
+        if self.tokenizer is not None and count and all(isinstance(p, str) for p in prompts):
+            encoded = list(self.tokenizer.encode_batch([str(p) for p in prompts]))
+        else:
+            encoded = [self.encode(p) for p in prompts]
+        return [Request(*parts) for parts in zip(encoded, each_params, each_adapter, ids, strict=True)]
+
+    def _problem(self, request: Request) -> str | None:
+        """Why a request cannot be served, in one line; None when it can."""
+        length, vocab_size = len(request.prompt_ids), self.model.config.vocab_size
+        if not length:
+            return "the prompt is empty; give at least one token"
+        if length >= self.max_context:
+            return (
+                f"the prompt has {length} tokens; the context holds {self.max_context}, "
+                f"so at most {self.max_context - 1} are allowed"
+            )
+        ids = np.asarray(request.prompt_ids)
+        if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= vocab_size:
+            return f"the prompt has ids outside the vocabulary; allowed: integers from 0 to {vocab_size - 1}"
+        if request.adapter is not None and request.adapter not in self._adapters:
+            return f"adapter {request.adapter!r} is not loaded; loaded: {', '.join(self._adapters) or 'none'}"
+        if request.params.stop and self.tokenizer is None:
+            return "stop strings need a tokenizer, and this generator has none"
+        return None
+
+    def _adapter(self, name: str) -> tuple[int, bytes]:
+        if name not in self._adapters:
+            raise InputError(f"adapter {name!r} is not loaded; loaded: {', '.join(self._adapters) or 'none'}")
+        return self._adapters[name]
+
+    def _drive(self, requests: Iterable[Request], *, streaming: bool) -> Iterator[Completion | str]:
+        """The loop. Yields completions, and with ``streaming`` pieces of text between them."""
+        scheduler = Scheduler(
+            self.allocator,
+            max_batch_tokens=self.max_batch_tokens,
+            max_sequences=self.max_sequences,
+            max_context=self.max_context,
+            end_ids=self._end_ids,
+            prefix_cache=self.config.prefix_cache,
+        )
+        outputs = _Outputs(self, scheduler, streaming)
+        source, exhausted = self._sequences(requests), False
+        try:
+            while True:
+                while not exhausted and scheduler.num_wanted > 0:
+                    item = next(source, None)
+                    if item is None:
+                        exhausted = True
+                    elif isinstance(item, Completion):
+                        yield item
+                    else:
+                        scheduler.add(item)
+                began = time.perf_counter()
+                plan = scheduler.schedule()
+                if plan is None:
+                    if exhausted:
+                        return
+                    continue
+                events = self._step(scheduler, outputs, plan)
+                self.stats.seconds += time.perf_counter() - began
+                yield from events
+        finally:
+            self.stats.preemptions += scheduler.num_preemptions
+            scheduler.abort()
+
+    def _sequences(self, requests: Iterable[Request]) -> Iterator[SequenceState | Completion]:
+        """n sequences per request, or the completion that says why there is none."""
+        for request in requests:
+            self.stats.requests += 1
+            problem = self._problem(request)
+            if problem:
+                self.stats.failed += 1
+                for index in range(request.params.n):
+                    yield Completion(request.request_id, index, len(request.prompt_ids), "", [], "error", None, problem)
+                continue
+            tokens = np.asarray(request.prompt_ids, np.int32)
+            slot, salt = (-1, b"") if request.adapter is None else self._adapters[request.adapter]
+            for index in range(request.params.n):
+                yield SequenceState(
+                    request_id=request.request_id,
+                    index=index,
+                    params=request.params,
+                    tokens=tokens,
+                    num_prompt=len(tokens),
+                    stream_key=stream_key(request.params.seed, request.request_id, index),
+                    adapter_id=slot,
+                    cache_salt=salt,
+                )
+
+    def _step(self, scheduler: Scheduler, outputs: _Outputs, plan: StepPlan) -> list[Completion | str]:
+        try:
+            drawn = self._forward(scheduler, outputs, plan)
+        except torch.cuda.OutOfMemoryError:
+            # The plan left too little room for activations: try again with smaller steps.
+            self.stats.out_of_memory += 1
+            self.allocator.forget_contents()
+            scheduler.preempt_all()
+            torch.cuda.empty_cache()
+            if not scheduler.shrink_budget():
+                raise
+            self.max_batch_tokens = scheduler.max_batch_tokens
+            return []
+        except BaseException:
+            self.allocator.forget_contents()  # pages published for this step may hold nothing
+            raise
+        stats = self.stats
+        stats.steps += 1
+        stats.computed_tokens += plan.num_tokens
+        stats.generated_tokens += len(plan.sampled)
+        token_ids, logprobs, alternatives = drawn
+        finished = scheduler.commit(plan, token_ids)
+        return outputs.after_step(plan, token_ids, logprobs, alternatives, finished)
+
+    @torch.inference_mode()
+    def _forward(self, scheduler: Scheduler, outputs: _Outputs, plan: StepPlan):
+        """Runs the batch; returns drawn ids, their logprobs, and the top alternatives of rows that asked for them."""
+        rows = scheduler.rows
+        batch, settings = build_step(plan, rows, self.model.device)
+        adapters = None
+        if batch.adapter_index is not None:
+            sequences = [s.adapter_id for s in plan.decodes] + [c.sequence.adapter_id for c in plan.chunks]
+            adapters = self._pool.select(sequences)
+        hidden = self.model.forward(batch, self.cache, adapters)
+        if not plan.sampled:
+            return np.empty(0, np.int64), np.empty(0, np.float32), {}
+        last = settings["last"]
+        logits = self.model.logits(hidden if len(plan.sampled) == batch.num_tokens else hidden[last])
+        penalised = bool((rows.repetition_penalty[plan.sampled_rows] != 1.0).any())
+        ids, logprobs = sample(
+            logits,
+            keys=settings["keys"],
+            steps=settings["steps"],
+            temperature=settings["temperature"],
+            top_k=settings["top_k"],
+            top_p=settings["top_p"],
+            min_p=settings["min_p"],
+            repetition_penalty=settings["repetition_penalty"] if penalised else None,
+            seen=outputs.seen_tokens(plan) if penalised else None,
+        )
+        alternatives = _alternatives(logits, rows.num_logprobs[plan.sampled_rows])
+        return ids.cpu().numpy(), logprobs.cpu().numpy(), alternatives
+
+    def _score_group(self, group: list[tuple[Sequence[int], Sequence[int]]], slot: int) -> list[list[float]]:
+        sequences = [list(prompt) + list(continuation)[:-1] for prompt, continuation in group]
+        index = [slot] * len(group) if slot >= 0 else None
+        batch = Batch.packed(sequences, self.model.device, adapter_index=index)
+        hidden = self.model.forward(batch, None, self._pool.select([slot]))
+        wanted, targets, start = [], [], 0
+        for (prompt, continuation), sequence in zip(group, sequences, strict=True):
+            first = start + len(prompt) - 1
+            wanted += range(first, first + len(continuation))
+            targets += continuation
+            start += len(sequence)
+        picked = []
+        for at in range(0, len(wanted), 256):  # logits are wide; a slice at a time
+            rows = torch.tensor(wanted[at : at + 256], device=hidden.device)
+            target = torch.tensor(targets[at : at + 256], device=hidden.device)
+            logprobs = self.model.logits(hidden[rows]).float().log_softmax(-1)
+            picked += logprobs.gather(1, target[:, None]).squeeze(1).tolist()
+        scores, at = [], 0
+        for _, continuation in group:
+            scores.append(picked[at : at + len(continuation)])
+            at += len(continuation)
+        return scores
+
+
+class _Outputs:
+    """What is gathered for the running sequences of one stream: text, logprobs, and which tokens were seen."""
+
+    def __init__(self, generator: Generator, scheduler: Scheduler, streaming: bool) -> None:
+        self._generator, self._scheduler, self._streaming = generator, scheduler, streaming
+        self._watchers: dict[SequenceState, StopWatcher] = {}
+        self._logprobs: dict[SequenceState, list[list[tuple[int, float]]]] = {}
+        self._seen: torch.Tensor | None = None
+        self._seen_of: dict[int, tuple[SequenceState, int]] = {}  # row → whose tokens, how many of them
+
+    def after_step(
+        self,
+        plan: StepPlan,
+        token_ids: np.ndarray,
+        logprobs: np.ndarray,
+        alternatives: Mapping[int, list[tuple[int, float]]],
+        finished: list[SequenceState],
+    ) -> list[Completion | str]:
+        """Notes the tokens drawn and takes out what is done. Host time goes only to sequences that need it: new ones,
+        those with stop strings or logprobs, and finished ones."""
+        for chunk in plan.chunks:
+            if chunk.stop == chunk.sequence.num_prompt:
+                self._begin(chunk.sequence)
+        events: list[Completion | str] = []
+        done = dict.fromkeys(finished)
+        broken = {plan.sampled[i] for i in np.flatnonzero(~np.isfinite(logprobs)).tolist()}
+        if self._logprobs or self._watchers:
+            for i, sequence in enumerate(plan.sampled):
+                if sequence in broken:
+                    continue
+                if i in alternatives:
+                    pairs, drawn = alternatives[i], int(token_ids[i])
+                    if all(token != drawn for token, _ in pairs):
+                        pairs = [*pairs, (drawn, float(logprobs[i]))]
+                    self._logprobs[sequence].append(pairs)
+                watcher = self._watchers.get(sequence)
+                if watcher is None or sequence.finish_reason == "stop":
+                    continue
+                if watcher.push(int(token_ids[i])):
+                    sequence.finish_reason = "stop"
+                    done[sequence] = None
+                if self._streaming and sequence not in done:
+                    piece = watcher.take()
+                    if piece:
+                        events.append(piece)
+        for sequence in [*done, *(s for s in broken if s not in done)]:
+            error = "the model gave no finite logits" if sequence in broken else None
+            events += self._complete(sequence, error)
+        return events
+
+    def seen_tokens(self, plan: StepPlan) -> torch.Tensor:
+        """Which tokens each sampled sequence holds, bool [B,V]; kept up by the newest tokens only."""
+        rows, model = self._scheduler.rows, self._generator.model
+        if self._seen is None:
+            shape = (len(rows.num_tokens), model.config.vocab_size)
+            self._seen = torch.zeros(shape, dtype=torch.bool, device=model.device)
+        new_rows, new_tokens = [], []
+        for sequence in plan.sampled:
+            row = sequence.row
+            if rows.repetition_penalty[row] == 1.0:
+                continue
+            owner, count = self._seen_of.get(row, (None, 0))
+            if owner is not sequence:
+                self._seen[row] = False
+                count = 0
+            total = int(rows.num_tokens[row])
+            tokens = rows.tokens[row, count:total]
+            new_rows.append(np.full(len(tokens), row, np.int64))
+            new_tokens.append(tokens.astype(np.int64))
+            self._seen_of[row] = (sequence, total)
+        index = np.stack([np.concatenate(new_rows), np.concatenate(new_tokens)])
+        at = torch.from_numpy(index).to(model.device)
+        self._seen[at[0], at[1]] = True
+        return self._seen[torch.from_numpy(plan.sampled_rows).to(model.device)]
+
+    def _begin(self, sequence: SequenceState) -> None:
+        stats = self._generator.stats
+        stats.prompt_tokens += sequence.num_prompt
+        stats.cached_prompt_tokens += sequence.num_cached
+        if sequence.params.logprobs is not None:
+            self._logprobs[sequence] = []
+        tokenizer = self._generator.tokenizer
+        if tokenizer is not None and (sequence.params.stop or self._streaming):
+            self._watchers[sequence] = StopWatcher(tokenizer.decoder(), sequence.params.stop)
+
+    def _complete(self, sequence: SequenceState, error: str | None) -> list[Completion | str]:
+        token_ids = self._scheduler.generated(sequence).tolist()
+        self._scheduler.retire(sequence)
+        watcher = self._watchers.pop(sequence, None)
+        logprobs = self._logprobs.pop(sequence, None)
+        events: list[Completion | str] = []
+        if error is not None:
+            self._generator.stats.failed += 1
+            token_ids = token_ids[:-1]
+        reason = "error" if error else (sequence.finish_reason or "length")
+        if watcher is not None:
+            if watcher.finish():
+                reason = "stop"
+            text = watcher.text
+            if self._streaming and (piece := watcher.take(final=True)):
+                events.append(piece)
+        else:
+            text = self._decode(token_ids)
+        events.append(
+            Completion(
+                sequence.request_id, sequence.index, sequence.num_prompt, text, token_ids, reason, logprobs, error
+            )
+        )
+        return events
+
+    def _decode(self, token_ids: list[int]) -> str:
+        tokenizer = self._generator.tokenizer
+        if tokenizer is None:
+            return ""
+        if token_ids and token_ids[-1] in self._generator._end_ids:
+            token_ids = token_ids[:-1]
+        return tokenizer.decode(token_ids)
+
+
+def _alternatives(logits: torch.Tensor, num_logprobs: np.ndarray) -> dict[int, list[tuple[int, float]]]:
+    """For each row that wants them, the most likely tokens and their log-probabilities."""
+    wanted = np.flatnonzero(num_logprobs >= 0)
+    if not wanted.size:
+        return {}
+    logprobs = logits[torch.from_numpy(wanted).to(logits.device)].float().log_softmax(-1)
+    most = min(int(num_logprobs[wanted].max()), logits.shape[1])
+    values, ids = (t.tolist() for t in logprobs.topk(most, dim=-1))
+    return {
+        row: list(zip(ids[i][: num_logprobs[row]], values[i][: num_logprobs[row]], strict=True))
+        for i, row in enumerate(wanted.tolist())
+    }
+
+
+def choose_device(device: str | torch.device = "auto") -> torch.device:
+    """ "auto" is the first CUDA device where there is one, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"device {device!r} is unknown; allowed: auto, cpu, cuda, cuda:N") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise InputError(f"device {device!r} is not supported; allowed: auto, cpu, cuda, cuda:N")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {device!r} is not there; CUDA devices found: {torch.cuda.device_count()}")
+    return chosen
+
+
+def choose_dtype(dtype: Any, device: torch.device) -> torch.dtype:
+    """A torch dtype from "fp32", "bf16", "fp16" or "auto": bf16 where the device computes in it, else fp16 on CUDA and
+    fp32 on a CPU."""
+    if isinstance(dtype, torch.dtype):
+        if dtype not in DTYPES.values():
+            raise InputError(f"dtype {dtype} is not supported; allowed: {', '.join(DTYPES)}")
+        return dtype
+    if dtype == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is unknown; allowed: auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
