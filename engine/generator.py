@@ -76,7 +76,7 @@ class Generator:
         self.max_batch_tokens = config.max_batch_tokens or max(8192 if on_gpu else 1024, self.max_sequences)
         if self.max_batch_tokens < self.max_sequences:
             raise InputError(
-                f"engine: max_batch_tokens is {self.max_batch_tokens}; allowed: from max_sequences, {self.max_sequences}, on"
+                f"engine: max_batch_tokens is {self.max_batch_tokens}; allowed: {self.max_sequences} or more"
             )
         max_context = min(config.max_context or model.config.max_context, model.config.max_context)
         num_pages = plan_pages(

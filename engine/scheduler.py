@@ -1,9 +1,9 @@
 """Decides, step by step, which sequences run, with how many tokens, on which pages.
 
 Running sequences decode one token a step; what is left of the token budget goes to prompts, in chunks, first come
-first served. When pages run out, the sequence admitted last gives its pages up and is computed again later. State of all
-running sequences lies in NumPy rows, so a step costs a few vectorised operations whatever the contexts' lengths. No torch
-here.
+first served. When pages run out, the sequence admitted last gives its pages up and is computed again later. What is
+known of running sequences lies in NumPy rows, so a step costs a few vectorised operations whatever the contexts'
+lengths. No torch here.
 """
 
 from __future__ import annotations
