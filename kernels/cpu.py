@@ -1,8 +1,8 @@
 """Builds and loads the C++ twins of the kernels for CPUs where eager torch is too slow.
 
 Each file in ``kernels/cpp`` is compiled once per machine into the user's cache folder, named by a hash of the sources,
-the compiler, the CPU's features and the OpenMP runtime, and loaded with ctypes: a plain C interface, no torch headers. The
-library is linked against the OpenMP runtime that torch itself uses; a second one would keep a second set of threads
+the compiler, the CPU's features and the OpenMP runtime, and loaded with ctypes: a plain C interface, no torch headers.
+The library is linked against the OpenMP runtime that torch itself uses; a second one would keep a second set of threads
 spinning on the same cores.
 """
 
