@@ -1,19 +1,26 @@
 """Attention of a generation step against the paged KV cache.
 
-Query i of sequence b stands at position context_lens[b] − query_len[b] + i and sees the keys at positions up to its own; the key at
-position j lies in page page_table[b, j // S] at offset j % S. The step's own keys and values are already in the pages. Scores and
-output as in attention_prefill; quantised pages hold k / k_scale[K] and v / v_scale[K].
+Query i of sequence b stands at position context_lens[b] − query_len[b] + i and sees the keys at positions up to its own;
+the key at position j lies in page page_table[b, j // S] at offset j % S. The step's own keys and values are already in the
+pages. Scores and output as in attention_prefill; quantised pages hold k / k_scale[K] and v / v_scale[K].
+
+The Triton kernels are in attention_paged.py.
 """
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 import torch.nn.functional as F
 
-from .attention_prefill import bias_tile, sdpa_sequence
-from .dispatch import choose_backend
+from .attention_prefill import bias_tile, check_attention, sdpa_sequence, shape_bucket
+from .dispatch import bad_argument, choose_backend
+from .tuning import tuned_config
 
 OP = "attention_paged"
+BACKENDS = ("triton", "torch", "sdpa", "flash")
+CACHE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int8)
 
 
 def gather_pages(
@@ -135,6 +142,92 @@ def _torch_paged(
     return out
 
 
+def _flash_paged(
+    q,
+    k_cache,
+    v_cache,
+    page_table,
+    context_lens,
+    query_starts,
+    max_query_len,
+    max_context_len,
+    softmax_scale,
+    slopes,
+    window,
+) -> torch.Tensor:
+    """The flash-attn package's variable-length kernel over pages (page size a multiple of 256)."""
+    if importlib.util.find_spec("flash_attn") is None:
+        raise ValueError(f"{OP}: backend 'flash' needs the flash-attn package, which is not installed")
+    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
+
+    key_starts = F.pad(torch.cumsum(context_lens, 0, dtype=torch.int32), (1, 0))
+    return flash_attn_varlen_func(
+        q, k_cache, v_cache, query_starts, key_starts, max_query_len, max_context_len, softmax_scale=softmax_scale,
+        causal=True, window_size=(window - 1 if window is not None else -1, 0 if window is not None else -1),
+        alibi_slopes=slopes, block_table=page_table,
+    )  # fmt: skip
+
+
+def _check(
+    q,
+    k_cache,
+    v_cache,
+    page_table,
+    context_lens,
+    query_starts,
+    max_query_len,
+    max_context_len,
+    num_decodes,
+    k_scale,
+    v_scale,
+    shared_prefix_len,
+) -> None:
+    """What paged attention asks beyond check_attention. Values are looked at on the CPU only: no sync with a device."""
+    if k_cache.dim() != 4 or v_cache.shape != k_cache.shape:
+        given = f"of shapes {tuple(k_cache.shape)} and {tuple(v_cache.shape)}"
+        raise bad_argument(OP, "k_cache, v_cache", given, "[P,S,K,D], both alike")
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if cache.dtype not in CACHE_DTYPES or cache.dtype != k_cache.dtype:
+            raise bad_argument(OP, name, cache.dtype, "float, float8_e4m3fn or int8, the same for keys and values")
+        if cache.stride(-1) != 1:
+            raise bad_argument(OP, name, f"of strides {cache.stride()}", "contiguous in the last dim")
+    num_sequences = query_starts.shape[0] - 1
+    if page_table.dim() != 2 or page_table.shape[0] != num_sequences or page_table.dtype != torch.int32:
+        given = f"{page_table.dtype} {tuple(page_table.shape)}"
+        raise bad_argument(OP, "page_table", given, f"int32 [{num_sequences},N]")
+    if page_table.stride(-1) != 1:
+        raise bad_argument(OP, "page_table", f"of strides {page_table.stride()}", "contiguous rows")
+    if context_lens.shape != (num_sequences,) or context_lens.dtype not in (torch.int32, torch.int64):
+        given = f"{context_lens.dtype} {tuple(context_lens.shape)}"
+        raise bad_argument(OP, "context_lens", given, f"int32 [{num_sequences}]")
+    for name, tensor in (("page_table", page_table), ("context_lens", context_lens)):
+        if tensor.device != q.device:
+            raise bad_argument(OP, name, f"on {tensor.device}", f"{q.device}, as q")
+    if not 0 <= num_decodes <= num_sequences:
+        raise bad_argument(OP, "num_decodes", num_decodes, f"0 to {num_sequences}, the sequences")
+    capacity = page_table.shape[1] * k_cache.shape[1]
+    if num_sequences and not 1 <= max_context_len <= capacity:
+        raise bad_argument(OP, "max_context_len", max_context_len, f"1 to {capacity}, the tokens of a page-table row")
+    if not 0 <= shared_prefix_len < max(1, max_context_len):
+        raise bad_argument(OP, "shared_prefix_len", shared_prefix_len, f"0 to {max_context_len - 1}")
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if scale is not None and (scale.shape != (k_cache.shape[2],) or scale.dtype != torch.float32):
+            given = f"{scale.dtype} {tuple(scale.shape)}"
+            raise bad_argument(OP, name, given, f"float32 ({k_cache.shape[2]},)")
+    if not q.is_cuda:
+        starts, contexts = query_starts.tolist(), context_lens.tolist()
+        for b, context in enumerate(contexts):
+            queries = starts[b + 1] - starts[b]
+            if b < num_decodes and queries != 1:
+                raise bad_argument(OP, "query_starts", f"{queries} queries in decode {b}", "1 query in each decode")
+            if not queries <= context <= max_context_len:
+                allowed = f"its {queries} queries to max_context_len {max_context_len}"
+                raise bad_argument(OP, "context_lens", f"{context} for sequence {b}", allowed)
+            if b < num_decodes and context <= shared_prefix_len:
+                allowed = f"more than shared_prefix_len {shared_prefix_len}"
+                raise bad_argument(OP, "context_lens", f"{context} for sequence {b}", allowed)
+
+
 def attention_paged(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -156,13 +249,42 @@ def attention_paged(
 ) -> torch.Tensor:
     """Attention of queries [T,H,D] against pages [P,S,K,D]; returns out [T,H,D]. No gradient.
 
-    page_table i32 [B,N] (entries past a sequence's context are never read), context_lens i32 [B] counts this step's tokens too,
-    query_starts i32 [B+1]. The first ``num_decodes`` sequences have exactly one query each. ``shared_prefix_len`` tokens at the
-    start are common to all decodes (their page-table rows begin alike) and may be read once. k_scale, v_scale f32 [K].
-    Backends: "triton", "torch".
+    page_table i32 [B,N] (entries past a sequence's context are never read), context_lens i32 [B] counts this step's tokens
+    too, query_starts i32 [B+1]. The first ``num_decodes`` sequences have exactly one query each. ``shared_prefix_len`` tokens
+    at the start are common to all decodes (their page-table rows begin alike) and may be read once, which moves the bounds of
+    the sums and so the last bits. k_scale, v_scale f32 [K].
+    Backends: "triton"; "torch" and "sdpa" (gathered pages, SDPA); "flash" (the flash-attn package, 16-bit pages).
+    Raises ValueError for arguments that do not fit, before any launch.
     """
-    choose_backend(OP, q, backend, ("torch",))
+    chosen = choose_backend(OP, q, backend, BACKENDS)
+    check_attention(OP, q, {"k_cache": k_cache, "v_cache": v_cache}, query_starts, softmax_scale, alibi_slopes, window)
+    _check(
+        q, k_cache, v_cache, page_table, context_lens, query_starts, max_query_len, max_context_len, num_decodes, k_scale,
+        v_scale, shared_prefix_len,
+    )  # fmt: skip
+    softmax_scale = float(softmax_scale)
+    if chosen == "triton":
+        from . import attention_paged as kernels
+
+        if q.dtype == torch.float64:
+            raise bad_argument(OP, "q", q.dtype, "float32, float16 or bfloat16 with backend 'triton'")
+        q = q if q.stride(-1) == 1 else q.contiguous()
+        sizes = (q.shape[-1], q.dtype.itemsize)
+        bucket = f"{shape_bucket(q)}-{k_cache.dtype.itemsize * 8}bit"
+        decode_config = tuned_config("attention_decode", bucket, kernels.default_decode_config(*sizes))
+        chunk_config = tuned_config("attention_chunk", bucket, kernels.default_chunk_config(*sizes))
+        return kernels.launch_paged(
+            q, k_cache, v_cache, page_table, context_lens, query_starts, max_query_len, max_context_len, num_decodes,
+            softmax_scale, alibi_slopes, window, k_scale, v_scale, shared_prefix_len, decode_config, chunk_config,
+        )  # fmt: skip
+    if chosen == "flash":
+        if k_scale is not None or v_scale is not None or k_cache.dtype.itemsize != 2:
+            raise bad_argument(OP, "k_cache", k_cache.dtype, "float16 or bfloat16 without scales with backend 'flash'")
+        return _flash_paged(
+            q, k_cache, v_cache, page_table, context_lens, query_starts, max_query_len, max_context_len, softmax_scale,
+            alibi_slopes, window,
+        )  # fmt: skip
     return _torch_paged(
-        q, k_cache, v_cache, page_table, context_lens, query_starts, num_decodes, float(softmax_scale),
+        q, k_cache, v_cache, page_table, context_lens, query_starts, num_decodes, softmax_scale,
         alibi_slopes, window, k_scale, v_scale,
     )  # fmt: skip

@@ -2,31 +2,39 @@
 
 For every sequence of the packed batch, head h and query i, over the keys j of the same sequence:
 
-    s_ij = softmax_scale · q_i·k_j − slope_h · |i − j|        out_i = Σ_j softmax_j(s_ij) v_j        lse_i = log Σ_j exp(s_ij)
+    s_ij = softmax_scale · q_i·k_j − slope_h · |i − j|      out_i = Σ_j softmax_j(s_ij) v_j      lse_i = log Σ_j exp(s_ij)
 
-Causal attention sees j ≤ i; a sliding window sees |i − j| < window. Query heads share key/value heads in consecutive groups of
-H/K. Sequences are packed along T with starts ``query_starts`` [B+1]; nothing is padded. ALiBi: Press et al., "Train Short, Test
-Long", 2022. Online softmax and the recomputing backward: Dao, "FlashAttention-2", 2023.
+Causal attention sees j ≤ i; a sliding window sees |i − j| < window. Query heads share key/value heads in consecutive
+groups of H/K. Sequences are packed along T with starts ``query_starts`` [B+1]; nothing is padded. ALiBi: Press et al.,
+"Train Short, Test Long", 2022. Online softmax and the recomputing backward: Dao, "FlashAttention-2", 2023.
+
+The Triton kernels are in attention_forward.py and attention_backward.py, Hopper's forward in attention_hopper.py.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
+from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from .dispatch import choose_backend
+from .dispatch import bad_argument, choose_backend
+from .tuning import tuned_config
 
 OP = "attention_prefill"
+BACKENDS = ("triton", "torch", "sdpa", "flash")
+MAX_HEAD_DIM = 256
 QUERY_BLOCK = 256  # rows of a bias tile in the torch backend: bounds its memory and skips the keys above the diagonal
 
 
 def alibi_slopes(num_heads: int, bias_max: float = 8, device: torch.device | str | None = None) -> torch.Tensor:
     """Slopes f32[H], in MPT's order.
 
-    For a power of two n the slopes are 2^(−bias_max·i/n), i = 1…n. Otherwise those of the next power of two are taken, the odd-numbered
-    ones (i = 2, 4, …) first, then the others, and cut to ``num_heads``.
+    For a power of two n the slopes are 2^(−bias_max·i/n), i = 1…n. Otherwise those of the next power of two are taken,
+    first i = 2, 4, …, then i = 1, 3, …, and cut to ``num_heads``.
     """
     if num_heads < 1:
         raise ValueError(f"alibi_slopes: num_heads is {num_heads}; allowed: 1 or more")
@@ -72,12 +80,12 @@ def attention_prefill_reference(
     causal: bool = True,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """The readable truth: one sequence at a time, whole score matrix, in fp32 (fp64 stays fp64). Differentiable by autograd."""
+    """The readable truth: one sequence at a time, whole score matrix, in fp32 (fp64 stays fp64), by plain autograd."""
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
     group = q.shape[1] // k.shape[1]
     starts = query_starts.tolist()
     outs, lses = [], []
-    for start, stop in zip(starts[:-1], starts[1:], strict=True):
+    for start, stop in pairwise(starts):
         qs = q[start:stop].to(accumulate)
         ks = k[start:stop].to(accumulate).repeat_interleave(group, dim=1)
         vs = v[start:stop].to(accumulate).repeat_interleave(group, dim=1)
@@ -103,7 +111,7 @@ def sdpa_sequence(
     window: int | None,
     causal: bool,
 ) -> torch.Tensor:
-    """Queries [N,L,H,D] at positions first_position… against keys [N,M,K,D] at positions 0…, by scaled_dot_product_attention."""
+    """Queries [N,L,H,D] at positions first_position… against keys [N,M,K,D] at positions 0…, by torch's own SDPA."""
     num_queries, num_keys = q.shape[1], k.shape[1]
     grouped = q.shape[2] != k.shape[2]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -140,18 +148,121 @@ def sdpa_sequence(
 def _torch_prefill(q, k, v, query_starts, softmax_scale, slopes, window, causal) -> torch.Tensor:
     """One SDPA call per sequence, or one for all where every sequence has the same length."""
     starts = query_starts.tolist()
-    lengths = [stop - start for start, stop in zip(starts[:-1], starts[1:], strict=True)]
+    lengths = [stop - start for start, stop in pairwise(starts)]
     if not lengths or q.shape[0] == 0:
         return torch.zeros_like(q)
     if len(set(lengths)) == 1:
         q_, k_, v_ = (x.unflatten(0, (len(lengths), lengths[0])) for x in (q, k, v))
         return sdpa_sequence(q_, k_, v_, 0, softmax_scale, slopes, window, causal).reshape(q.shape)
     outs = []
-    for start, stop in zip(starts[:-1], starts[1:], strict=True):
+    for start, stop in pairwise(starts):
         if stop > start:
             q_, k_, v_ = (x[None, start:stop] for x in (q, k, v))
             outs.append(sdpa_sequence(q_, k_, v_, 0, softmax_scale, slopes, window, causal)[0])
     return torch.cat(outs)
+
+
+def _flash_prefill(q, k, v, query_starts, max_query_len, softmax_scale, slopes, window, causal) -> torch.Tensor:
+    """The flash-attn package's variable-length kernel."""
+    if importlib.util.find_spec("flash_attn") is None:
+        raise ValueError(f"{OP}: backend 'flash' needs the flash-attn package, which is not installed")
+    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
+
+    left = window - 1 if window is not None else -1
+    return flash_attn_varlen_func(
+        q, k, v, query_starts, query_starts, max_query_len, max_query_len, softmax_scale=softmax_scale, causal=causal,
+        window_size=(left, 0 if causal and window is not None else left), alibi_slopes=slopes,
+    )  # fmt: skip
+
+
+def check_attention(
+    op: str,
+    q: torch.Tensor,
+    keys: dict[str, torch.Tensor],
+    query_starts: torch.Tensor,
+    softmax_scale: float,
+    slopes: torch.Tensor | None,
+    window: int | None,
+) -> None:
+    """What prefill and paged attention ask alike of their arguments; ``keys`` are the tensors whose last two dims are [K,D]."""
+    if q.dim() != 3:
+        raise bad_argument(op, "q", f"of shape {tuple(q.shape)}", "[T,H,D]")
+    num_heads, head_dim = q.shape[1:]
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise bad_argument(op, "q", f"of head dim {head_dim}", f"1 to {MAX_HEAD_DIM}")
+    if not q.dtype.is_floating_point or q.dtype.itemsize == 1:
+        raise bad_argument(op, "q", q.dtype, "float64 (torch backend), float32, float16 or bfloat16")
+    for name, tensor in keys.items():
+        if tensor.shape[-1] != head_dim:
+            raise bad_argument(op, name, f"of head dim {tensor.shape[-1]}", f"{head_dim}, as q")
+        if tensor.shape[-2] == 0 or num_heads % tensor.shape[-2]:
+            raise bad_argument(op, name, f"of {tensor.shape[-2]} heads", f"a divisor of q's {num_heads}")
+        if tensor.device != q.device:
+            raise bad_argument(op, name, f"on {tensor.device}", f"{q.device}, as q")
+    if query_starts.dim() != 1 or query_starts.shape[0] < 1:
+        raise bad_argument(op, "query_starts", f"of shape {tuple(query_starts.shape)}", "[B+1]")
+    if query_starts.dtype not in (torch.int32, torch.int64):
+        raise bad_argument(op, "query_starts", query_starts.dtype, "int32")
+    if query_starts.device != q.device:
+        raise bad_argument(op, "query_starts", f"on {query_starts.device}", f"{q.device}, as q")
+    if not query_starts.is_cuda:
+        starts = query_starts.tolist()
+        if starts[0] != 0 or starts[-1] != q.shape[0] or any(a > b for a, b in pairwise(starts)):
+            raise bad_argument(op, "query_starts", starts, f"ascending from 0 to {q.shape[0]}, the rows of q")
+    if not (math.isfinite(softmax_scale) and softmax_scale > 0):
+        raise bad_argument(op, "softmax_scale", softmax_scale, "a positive number")
+    if slopes is not None and (slopes.shape != (num_heads,) or slopes.dtype != torch.float32):
+        raise bad_argument(op, "alibi_slopes", f"{slopes.dtype} {tuple(slopes.shape)}", f"float32 ({num_heads},)")
+    if slopes is not None and slopes.device != q.device:
+        raise bad_argument(op, "alibi_slopes", f"on {slopes.device}", f"{q.device}, as q")
+    if window is not None and window < 1:
+        raise bad_argument(op, "window", window, "None, or 1 or more keys")
+
+
+def shape_bucket(q: torch.Tensor) -> str:
+    """Name of a row in kernels/tuned: element width and head dim decide the tiles."""
+    return f"{q.dtype.itemsize * 8}bit-d{q.shape[-1]}"
+
+
+class _TritonAttention(torch.autograd.Function):
+    """Forward by the device's best kernel; out and lse are saved, scores are recomputed in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, q, k, v, query_starts, max_query_len, softmax_scale, slopes, window, causal):
+        out, lse = _launch(q, k, v, query_starts, max_query_len, softmax_scale, slopes, window, causal)
+        ctx.save_for_backward(q, k, v, out, lse, query_starts, slopes)
+        ctx.settings = (max_query_len, softmax_scale, window, causal)
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout, _dlse):  # type: ignore[override]
+        from . import attention_backward as backward
+
+        q, k, v, out, lse, query_starts, slopes = ctx.saved_tensors
+        max_query_len, softmax_scale, window, causal = ctx.settings
+        bucket = shape_bucket(q)
+        sizes = (q.shape[-1], q.dtype.itemsize)
+        key_config = tuned_config("attention_dkdv", bucket, backward.default_key_config(*sizes))
+        query_config = tuned_config("attention_dq", bucket, backward.default_query_config(*sizes))
+        dq, dk, dv = backward.launch_backward(
+            q, k, v, out, lse, _unit_stride(dout), query_starts, max_query_len, softmax_scale, slopes, window, causal,
+            dict(key_config), dict(query_config),
+        )  # fmt: skip
+        return dq, dk, dv, None, None, None, None, None, None
+
+
+def _unit_stride(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _launch(q, k, v, query_starts, max_query_len, softmax_scale, slopes, window, causal):
+    from . import attention_forward as forward
+
+    config = tuned_config(OP, shape_bucket(q), forward.default_config(q.shape[-1], q.dtype.itemsize))
+    return forward.launch_forward(
+        q, k, v, query_starts, max_query_len, softmax_scale, slopes, window, causal, dict(config)
+    )
 
 
 def attention_prefill(
@@ -172,18 +283,32 @@ def attention_prefill(
 
     q [T,H,D], k and v [T,K,D] with K dividing H, query_starts int32 [B+1] from 0 to T, alibi_slopes f32 [H].
     Returns out [T,H,D] like q, and with ``return_lse`` also lse f32 [T,H] (no gradient flows through lse).
-    Backends: "triton", "torch" (SDPA per sequence).
+    Backends: "triton"; "torch" and "sdpa" (SDPA per sequence); "flash" (the flash-attn package, CUDA, no lse).
+    Raises ValueError for arguments that do not fit, before any launch.
     """
-    chosen = choose_backend(OP, q, backend, ("torch",))
-    del chosen
+    chosen = choose_backend(OP, q, backend, BACKENDS)
+    check_attention(OP, q, {"k": k, "v": v}, query_starts, softmax_scale, alibi_slopes, window)
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.shape[0] != q.shape[0] or tensor.dim() != 3 or tensor.shape[1] != k.shape[1]:
+            raise bad_argument(OP, name, f"of shape {tuple(tensor.shape)}", "[T,K,D] with the T of q")
+        if tensor.dtype != q.dtype:
+            raise bad_argument(OP, name, tensor.dtype, f"{q.dtype}, as q")
+    softmax_scale = float(softmax_scale)
+    if chosen == "triton":
+        if q.dtype == torch.float64:
+            raise bad_argument(OP, "q", q.dtype, "float32, float16 or bfloat16 with backend 'triton'")
+        q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+        out, lse = _TritonAttention.apply(
+            q, k, v, query_starts, max_query_len, softmax_scale, alibi_slopes, window, causal
+        )  # type: ignore[misc]
+        return (out, lse.transpose(0, 1)) if return_lse else out
+    if chosen == "flash":
+        if return_lse:
+            raise bad_argument(OP, "return_lse", True, "False with backend 'flash'")
+        return _flash_prefill(q, k, v, query_starts, max_query_len, softmax_scale, alibi_slopes, window, causal)
     if return_lse:
         return attention_prefill_reference(
             q, k, v, query_starts, max_query_len=max_query_len, softmax_scale=softmax_scale, alibi_slopes=alibi_slopes,
             window=window, causal=causal, return_lse=True,
         )  # fmt: skip
-    return _torch_prefill(q, k, v, query_starts, float(softmax_scale), alibi_slopes, window, causal)
-
-
-def default_scale(head_dim: int) -> float:
-    """1/√D, the usual softmax scale."""
-    return 1.0 / math.sqrt(head_dim)
+    return _torch_prefill(q, k, v, query_starts, softmax_scale, alibi_slopes, window, causal)

@@ -1,0 +1,155 @@
+"""Triton forward kernel of packed attention for any GPU (and the interpreter); Hopper's own is attention_hopper.py."""
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .attention_tiles import LOG2_E, attend, key_limits, load_rows, locate_tile, split_head_dim, store_rows
+
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def schedule(program, num_tiles, num_heads, heads_per_group):
+    """Tile and head of a program. Long causal tiles come first, and a group of heads, small enough for its keys and values to
+    stay in the L2 cache, is finished before the next."""
+    group_size = num_tiles * heads_per_group
+    group = program // group_size
+    heads_here = tl.minimum(heads_per_group, num_heads - group * heads_per_group)
+    inside = program % group_size
+    tile = num_tiles - 1 - inside // heads_here
+    head = group * heads_per_group + inside % heads_here
+    return tile, head
+
+
+# Counts and limits change from batch to batch: without specialising on them one compiled kernel serves all.
+@triton.jit(do_not_specialize=["lse_head", "num_sequences", "num_tiles", "num_heads", "heads_per_group", "window"])
+def forward_kernel(
+    q, k, v, out, lse, starts, slopes,
+    q_stride, q_head, k_stride, k_head, v_stride, v_head, out_stride, out_head, lse_head,
+    num_sequences, num_tiles, num_heads, heads_per_group, window, scale,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
+    """One tile of BLOCK_M queries of one head against all its keys. ``scale`` carries log2(e); lse is written as [H,T]."""
+    tile, head = schedule(tl.program_id(0), num_tiles, num_heads, heads_per_group)
+    _, sequence_start, length, row = locate_tile(starts, tile, num_sequences, BLOCK_M)
+    if row >= length:
+        return
+    head_id = head.to(tl.int64)
+    first = sequence_start.to(tl.int64)
+    positions = row + tl.arange(0, BLOCK_M)
+    rows_in = positions < length
+    dims0 = tl.arange(0, D0)
+
+    q_rows = q + head_id * q_head + (first + positions.to(tl.int64))[:, None] * q_stride
+    q0 = load_rows(q_rows + dims0[None, :], rows_in, dims0, 0, HEAD_DIM, False)
+    acc0 = tl.zeros([BLOCK_M, D0], dtype=tl.float32)
+    q1 = q0
+    q2 = q0
+    acc1 = 0.0
+    acc2 = 0.0
+    if D1 > 0:
+        dims1 = tl.arange(0, D1)
+        q1 = load_rows(q_rows + (D0 + dims1)[None, :], rows_in, dims1, D0, HEAD_DIM, False)
+        acc1 = tl.zeros([BLOCK_M, D1], dtype=tl.float32)
+    if D2 > 0:
+        dims2 = tl.arange(0, D2)
+        q2 = load_rows(q_rows + (D0 + D1 + dims2)[None, :], rows_in, dims2, D0 + D1, HEAD_DIM, False)
+        acc2 = tl.zeros([BLOCK_M, D2], dtype=tl.float32)
+    row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+
+    k_base = k + (head_id // GROUP) * k_head + first * k_stride
+    v_base = v + (head_id // GROUP) * v_head + first * v_stride
+    slope = 0.0
+    if HAS_ALIBI:
+        slope = tl.load(slopes + head) * 1.4426950408889634
+    last_position = tl.minimum(row + BLOCK_M, length) - 1
+    begin, full_begin, full_end, edge, end = key_limits(row, last_position, length, window, CAUSAL, HAS_WINDOW, BLOCK_N)
+    if HAS_WINDOW:
+        acc0, acc1, acc2, row_sum, row_max = attend(
+            acc0, acc1, acc2, row_sum, row_max, q0, q1, q2, positions, last_position, slope, k_base, v_base, k_stride, v_stride,
+            starts, 0, 0, begin, tl.minimum(full_begin, end), length, window, scale, HEAD_DIM, D0, D1, D2, BLOCK_N, 0,
+            CAUSAL, HAS_ALIBI, HAS_WINDOW, True,
+        )  # fmt: skip
+    acc0, acc1, acc2, row_sum, row_max = attend(
+        acc0, acc1, acc2, row_sum, row_max, q0, q1, q2, positions, last_position, slope, k_base, v_base, k_stride, v_stride,
+        starts, 0, 0, full_begin, full_end, length, window, scale, HEAD_DIM, D0, D1, D2, BLOCK_N, 0,
+        CAUSAL, HAS_ALIBI, HAS_WINDOW, False,
+    )  # fmt: skip
+    acc0, acc1, acc2, row_sum, row_max = attend(
+        acc0, acc1, acc2, row_sum, row_max, q0, q1, q2, positions, last_position, slope, k_base, v_base, k_stride, v_stride,
+        starts, 0, 0, edge, end, length, window, scale, HEAD_DIM, D0, D1, D2, BLOCK_N, 0,
+        CAUSAL, HAS_ALIBI, HAS_WINDOW, True,
+    )  # fmt: skip
+
+    inverse = 1.0 / row_sum
+    out_rows = out + head_id * out_head + (first + positions.to(tl.int64))[:, None] * out_stride
+    store_rows(out_rows, acc0 * inverse[:, None], rows_in, dims0, 0, HEAD_DIM)
+    if D1 > 0:
+        store_rows(out_rows, acc1 * inverse[:, None], rows_in, tl.arange(0, D1), D0, HEAD_DIM)
+    if D2 > 0:
+        store_rows(out_rows, acc2 * inverse[:, None], rows_in, tl.arange(0, D2), D0 + D1, HEAD_DIM)
+    log_sum = row_max + tl.math.log2(row_sum)
+    if HAS_ALIBI and CAUSAL:
+        log_sum -= slope * (positions - last_position).to(tl.float32)
+    tl.store(lse + head_id * lse_head + first + positions, log_sum * LN_2, mask=rows_in)
+
+
+def heads_per_group(num_heads: int, group: int, max_len: int, head_dim: int, element_bytes: int) -> int:
+    """How many heads run side by side so that their keys and values stay within about 24 MB of L2."""
+    per_kv_head = max(1, max_len * head_dim * 2 * element_bytes)
+    kv_heads = max(1, (24 << 20) // per_kv_head)
+    return min(num_heads, kv_heads * group)
+
+
+def default_config(head_dim: int, element_bytes: int) -> dict[str, int]:
+    """Tiles for Ampere and later where tuned/ has nothing."""
+    if element_bytes == 4:
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+    if head_dim > 128:
+        return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+    if head_dim > 64:
+        return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
+    return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
+
+
+def launch_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    query_starts: torch.Tensor,
+    max_query_len: int,
+    softmax_scale: float,
+    slopes: torch.Tensor | None,
+    window: int | None,
+    causal: bool,
+    config: dict[str, int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Runs the kernel; returns out [T,H,D] and lse [H,T] in natural log."""
+    num_tokens, num_heads, head_dim = q.shape
+    num_sequences = query_starts.shape[0] - 1
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty((num_heads, num_tokens), dtype=torch.float32, device=q.device)
+    if num_tokens == 0:
+        return out, lse
+    config = dict(config)
+    block_m = config.pop("BLOCK_M")
+    group = num_heads // k.shape[1]
+    num_tiles = num_tokens // block_m + num_sequences
+    d0, d1, d2 = split_head_dim(head_dim)
+    forward_kernel[(num_tiles * num_heads,)](
+        q, k, v, out, lse, query_starts, slopes if slopes is not None else query_starts,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), out.stride(0), out.stride(1), lse.stride(0),
+        num_sequences, num_tiles, num_heads, heads_per_group(num_heads, group, max_query_len, head_dim, q.element_size()),
+        window if window is not None else 0, softmax_scale * LOG2_E,
+        GROUP=group, HEAD_DIM=head_dim, D0=d0, D1=d1, D2=d2, BLOCK_M=block_m, BLOCK_N=config.pop("BLOCK_N"),
+        CAUSAL=causal, HAS_ALIBI=slopes is not None, HAS_WINDOW=window is not None, **config,
+    )  # fmt: skip
+    return out, lse

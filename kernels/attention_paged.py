@@ -1,0 +1,378 @@
+"""Triton kernels of attention against the paged KV cache.
+
+Decodes: one program per (sequence, span of SPLIT keys, key/value head) takes the head's whole query group in one tile and
+leaves a normalised partial output with its log-sum-exp; a second kernel merges the spans. Spans are cut at fixed positions,
+so a row's arithmetic depends on its own context alone. A prefix common to all decodes is read once: there the rows of a tile
+are the queries of many sequences, and its spans are merged like any others.
+Chunks (more than one query): tiles of queries times group heads against all keys, no split.
+"""
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import triton
+import triton.language as tl
+
+from .attention_forward import schedule
+from .attention_tiles import LOG2_E, attend, key_limits, load_rows, locate_tile, split_head_dim, store_rows
+
+
+@triton.jit
+def start_rows(q_rows, rows_in, HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
+    """A tile of queries in chunks, and its empty accumulators."""
+    rows: tl.constexpr = rows_in.shape[0]
+    dims0 = tl.arange(0, D0)
+    q0 = load_rows(q_rows + dims0[None, :], rows_in, dims0, 0, HEAD_DIM, False)
+    acc0 = tl.zeros([rows, D0], dtype=tl.float32)
+    q1 = q0
+    q2 = q0
+    acc1 = 0.0
+    acc2 = 0.0
+    if D1 > 0:
+        dims1 = tl.arange(0, D1)
+        q1 = load_rows(q_rows + (D0 + dims1)[None, :], rows_in, dims1, D0, HEAD_DIM, False)
+        acc1 = tl.zeros([rows, D1], dtype=tl.float32)
+    if D2 > 0:
+        dims2 = tl.arange(0, D2)
+        q2 = load_rows(q_rows + (D0 + D1 + dims2)[None, :], rows_in, dims2, D0 + D1, HEAD_DIM, False)
+        acc2 = tl.zeros([rows, D2], dtype=tl.float32)
+    row_sum = tl.zeros([rows], dtype=tl.float32)
+    row_max = tl.full([rows], float("-inf"), dtype=tl.float32)
+    return q0, q1, q2, acc0, acc1, acc2, row_sum, row_max
+
+
+@triton.jit
+def finish_rows(
+    out_rows, acc0, acc1, acc2, factor, rows_in,
+    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+):  # fmt: skip
+    """Stores the accumulators times ``factor`` [rows]."""
+    store_rows(out_rows, acc0 * factor[:, None], rows_in, tl.arange(0, D0), 0, HEAD_DIM)
+    if D1 > 0:
+        store_rows(out_rows, acc1 * factor[:, None], rows_in, tl.arange(0, D1), D0, HEAD_DIM)
+    if D2 > 0:
+        store_rows(out_rows, acc2 * factor[:, None], rows_in, tl.arange(0, D2), D0 + D1, HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=["table_stride", "num_kv_heads", "num_slots", "first_slot", "prefix_len", "window"])
+def decode_kernel(
+    q, k, v, page_table, context_lens, slopes, k_scales, v_scales, out, partial, partial_lse,
+    q_stride, q_head, k_page, k_stride, k_head, v_page, v_stride, v_head, out_stride, out_head, table_stride,
+    num_kv_heads, num_slots, first_slot, prefix_len, window, scale,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SCALE: tl.constexpr, DIRECT: tl.constexpr,
+):  # fmt: skip
+    """One span of one decode's context after the shared prefix. DIRECT: there is only one span, the output is final."""
+    program = tl.program_id(0)
+    kv_head = program % num_kv_heads
+    span = (program // num_kv_heads) % (num_slots - first_slot)
+    sequence = program // num_kv_heads // (num_slots - first_slot)
+    context = tl.load(context_lens + sequence)
+    span_begin = prefix_len + span * SPLIT
+    span_end = tl.minimum(span_begin + SPLIT, context)
+    if span_begin >= context:
+        return
+    sequence_id = sequence.to(tl.int64)
+    kv_head_id = kv_head.to(tl.int64)
+    rows = tl.arange(0, ROWS)
+    rows_in = rows < GROUP
+    heads = kv_head * GROUP + rows
+    q_rows = q + sequence_id * q_stride + (heads * q_head)[:, None]
+    q0, q1, q2, acc0, acc1, acc2, row_sum, row_max = start_rows(q_rows, rows_in, HEAD_DIM, D0, D1, D2)
+    slope = 0.0
+    if HAS_ALIBI:
+        slope = (tl.load(slopes + heads, mask=rows_in, other=0.0) * 1.4426950408889634)[:, None]
+    value_scale = 1.0
+    if HAS_SCALE:
+        scale = scale * tl.load(k_scales + kv_head)
+        value_scale = tl.load(v_scales + kv_head)
+    positions = tl.zeros([ROWS], dtype=tl.int32) + (context - 1)
+    pages = page_table + sequence_id * table_stride
+    k_base = k + kv_head_id * k_head
+    v_base = v + kv_head_id * v_head
+    full_begin = span_begin
+    if HAS_WINDOW:
+        window_begin = tl.maximum(context - window, span_begin)
+        full_begin = tl.minimum(span_begin + (window_begin - span_begin + BLOCK_N - 1) // BLOCK_N * BLOCK_N, span_end)
+        masked_begin = tl.minimum(span_begin + (window_begin - span_begin) // BLOCK_N * BLOCK_N, full_begin)
+        acc0, acc1, acc2, row_sum, row_max = attend(
+            acc0, acc1, acc2, row_sum, row_max, q0, q1, q2, positions, context - 1, slope, k_base, v_base, k_stride,
+            v_stride, pages, k_page, v_page, masked_begin, full_begin, span_end, window, scale,
+            HEAD_DIM, D0, D1, D2, BLOCK_N, PAGE_SIZE, True, HAS_ALIBI, True, True,
+        )  # fmt: skip
+    full_end = full_begin + (span_end - full_begin) // BLOCK_N * BLOCK_N
+    acc0, acc1, acc2, row_sum, row_max = attend(
+        acc0, acc1, acc2, row_sum, row_max, q0, q1, q2, positions, context - 1, slope, k_base, v_base, k_stride, v_stride,
+        pages, k_page, v_page, full_begin, full_end, span_end, window, scale,
+        HEAD_DIM, D0, D1, D2, BLOCK_N, PAGE_SIZE, True, HAS_ALIBI, HAS_WINDOW, False,
+    )  # fmt: skip
+    acc0, acc1, acc2, row_sum, row_max = attend(
+        acc0, acc1, acc2, row_sum, row_max, q0, q1, q2, positions, context - 1, slope, k_base, v_base, k_stride, v_stride,
+        pages, k_page, v_page, full_end, span_end, span_end, window, scale,
+        HEAD_DIM, D0, D1, D2, BLOCK_N, PAGE_SIZE, True, HAS_ALIBI, HAS_WINDOW, True,
+    )  # fmt: skip
+    factor = tl.where(row_sum > 0.0, value_scale / row_sum, 0.0)
+    if DIRECT:
+        out_rows = out + sequence_id * out_stride + (heads * out_head)[:, None]
+        finish_rows(out_rows, acc0, acc1, acc2, factor, rows_in, HEAD_DIM, D0, D1, D2)
+    else:
+        num_heads = num_kv_heads * GROUP
+        slots = (sequence_id * num_heads + heads) * num_slots + first_slot + span
+        finish_rows(partial + slots[:, None] * HEAD_DIM, acc0, acc1, acc2, factor, rows_in, HEAD_DIM, D0, D1, D2)
+        # A span wholly before the window has no weight: log2(0) = −∞.
+        tl.store(partial_lse + slots, row_max + tl.math.log2(row_sum), mask=rows_in)
+
+
+@triton.jit(do_not_specialize=["num_kv_heads", "num_slots", "num_decodes", "prefix_len", "window"])
+def prefix_kernel(
+    q, k, v, page_table, context_lens, slopes, k_scales, v_scales, partial, partial_lse,
+    q_stride, q_head, k_page, k_stride, k_head, v_page, v_stride, v_head,
+    num_kv_heads, num_slots, num_spans, num_decodes, prefix_len, window, scale,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SCALE: tl.constexpr,
+):  # fmt: skip
+    """One span of the shared prefix for a tile of (sequence, group head) rows; the first decode's page-table row serves all."""
+    program = tl.program_id(0)
+    kv_head = program % num_kv_heads
+    span = (program // num_kv_heads) % num_spans
+    tile = program // num_kv_heads // num_spans
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    sequences = (row // GROUP).to(tl.int64)
+    heads = kv_head * GROUP + row % GROUP
+    rows_in = sequences < num_decodes
+    q_rows = q + (sequences * q_stride + heads * q_head)[:, None]
+    q0, q1, q2, acc0, acc1, acc2, row_sum, row_max = start_rows(q_rows, rows_in, HEAD_DIM, D0, D1, D2)
+    positions = tl.load(context_lens + sequences, mask=rows_in, other=1) - 1
+    row_slope = 0.0
+    slope = 0.0
+    if HAS_ALIBI:
+        row_slope = tl.load(slopes + heads, mask=rows_in, other=0.0) * 1.4426950408889634
+        slope = row_slope[:, None]
+    value_scale = 1.0
+    if HAS_SCALE:
+        scale = scale * tl.load(k_scales + kv_head)
+        value_scale = tl.load(v_scales + kv_head)
+    span_begin = span * SPLIT
+    span_end = tl.minimum(span_begin + SPLIT, prefix_len)
+    full_end = span_begin + (span_end - span_begin) // BLOCK_N * BLOCK_N
+    if HAS_WINDOW:
+        full_end = span_begin
+    k_base = k + kv_head.to(tl.int64) * k_head
+    v_base = v + kv_head.to(tl.int64) * v_head
+    acc0, acc1, acc2, row_sum, row_max = attend(
+        acc0, acc1, acc2, row_sum, row_max, q0, q1, q2, positions, prefix_len, slope, k_base, v_base, k_stride, v_stride,
+        page_table, k_page, v_page, span_begin, full_end, span_end, window, scale,
+        HEAD_DIM, D0, D1, D2, BLOCK_N, PAGE_SIZE, True, HAS_ALIBI, HAS_WINDOW, False,
+    )  # fmt: skip
+    acc0, acc1, acc2, row_sum, row_max = attend(
+        acc0, acc1, acc2, row_sum, row_max, q0, q1, q2, positions, prefix_len, slope, k_base, v_base, k_stride, v_stride,
+        page_table, k_page, v_page, full_end, span_end, span_end, window, scale,
+        HEAD_DIM, D0, D1, D2, BLOCK_N, PAGE_SIZE, True, HAS_ALIBI, HAS_WINDOW, True,
+    )  # fmt: skip
+    log_sum = row_max + tl.math.log2(row_sum)
+    if HAS_ALIBI:  # keys were measured from the prefix's end, decode_kernel measures from each query
+        log_sum += row_slope * (prefix_len - positions).to(tl.float32)
+    slots = (sequences * (num_kv_heads * GROUP) + heads) * num_slots + span
+    finish_rows(
+        partial + slots[:, None] * HEAD_DIM, acc0, acc1, acc2, value_scale / row_sum, rows_in, HEAD_DIM, D0, D1, D2
+    )
+    tl.store(partial_lse + slots, log_sum, mask=rows_in)
+
+
+@triton.jit(do_not_specialize=["num_heads", "num_slots", "first_slot", "prefix_len"])
+def merge_kernel(
+    partial, partial_lse, context_lens, out, out_stride, out_head, num_heads, num_slots, first_slot, prefix_len,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Merges a row's spans, in order, weighted by their log-sum-exp."""
+    sequence = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    context = tl.load(context_lens + sequence)
+    used = first_slot + (context - prefix_len + SPLIT - 1) // SPLIT
+    dims = tl.arange(0, BLOCK_D)
+    base = (sequence * num_heads + head) * num_slots
+    total = tl.zeros([BLOCK_D], dtype=tl.float32)
+    largest = float("-inf")
+    weight_sum = 0.0
+    for slot in tl.range(0, used):
+        log_sum = tl.load(partial_lse + base + slot)
+        part = tl.load(partial + (base + slot) * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0)
+        new_largest = tl.maximum(largest, log_sum)
+        pivot = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+        rescale = tl.math.exp2(largest - pivot)
+        weight = tl.math.exp2(log_sum - pivot)
+        total = total * rescale + part * weight
+        weight_sum = weight_sum * rescale + weight
+        largest = new_largest
+    out_row = out + sequence * out_stride + head * out_head
+    tl.store(out_row + dims, (total / weight_sum).to(out.dtype.element_ty), mask=dims < HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=["table_stride", "num_sequences", "num_tiles", "num_kv_heads", "window"])
+def chunk_kernel(
+    q, k, v, page_table, context_lens, starts, slopes, k_scales, v_scales, out,
+    q_stride, q_head, k_page, k_stride, k_head, v_page, v_stride, v_head, out_stride, out_head, table_stride,
+    num_sequences, num_tiles, num_kv_heads, window, scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SCALE: tl.constexpr,
+):  # fmt: skip
+    """A tile of BLOCK_M // GROUP queries, all heads of one group, against the sequence's pages."""
+    QUERIES: tl.constexpr = BLOCK_M // GROUP
+    tile, kv_head = schedule(tl.program_id(0), num_tiles, num_kv_heads, num_kv_heads)
+    sequence, sequence_start, num_queries, first_query = locate_tile(starts, tile, num_sequences, QUERIES)
+    if (first_query >= num_queries) | (first_query < 0):
+        return
+    sequence_id = sequence.to(tl.int64)
+    kv_head_id = kv_head.to(tl.int64)
+    context = tl.load(context_lens + sequence)
+    rows = tl.arange(0, BLOCK_M)
+    queries = first_query + rows // GROUP
+    rows_in = (queries < num_queries) & (rows < QUERIES * GROUP)
+    heads = kv_head * GROUP + rows % GROUP
+    tokens = sequence_start.to(tl.int64) + queries
+    q_rows = q + (tokens * q_stride + heads * q_head)[:, None]
+    q0, q1, q2, acc0, acc1, acc2, row_sum, row_max = start_rows(q_rows, rows_in, HEAD_DIM, D0, D1, D2)
+    slope = 0.0
+    if HAS_ALIBI:
+        slope = (tl.load(slopes + heads) * 1.4426950408889634)[:, None]
+    value_scale = 1.0
+    if HAS_SCALE:
+        scale = scale * tl.load(k_scales + kv_head)
+        value_scale = tl.load(v_scales + kv_head)
+    positions = context - num_queries + queries
+    first_position = context - num_queries + first_query
+    last_position = tl.minimum(first_position + QUERIES, context) - 1
+    pages = page_table + sequence_id * table_stride
+    k_base = k + kv_head_id * k_head
+    v_base = v + kv_head_id * v_head
+    begin, full_begin, full_end, edge, end = key_limits(
+        first_position, last_position, context, window, True, HAS_WINDOW, BLOCK_N
+    )
+    if HAS_WINDOW:
+        acc0, acc1, acc2, row_sum, row_max = attend(
+            acc0, acc1, acc2, row_sum, row_max, q0, q1, q2, positions, last_position, slope, k_base, v_base, k_stride,
+            v_stride, pages, k_page, v_page, begin, tl.minimum(full_begin, end), context, window, scale,
+            HEAD_DIM, D0, D1, D2, BLOCK_N, PAGE_SIZE, True, HAS_ALIBI, HAS_WINDOW, True,
+        )  # fmt: skip
+    acc0, acc1, acc2, row_sum, row_max = attend(
+        acc0, acc1, acc2, row_sum, row_max, q0, q1, q2, positions, last_position, slope, k_base, v_base, k_stride, v_stride,
+        pages, k_page, v_page, full_begin, full_end, context, window, scale,
+        HEAD_DIM, D0, D1, D2, BLOCK_N, PAGE_SIZE, True, HAS_ALIBI, HAS_WINDOW, False,
+    )  # fmt: skip
+    acc0, acc1, acc2, row_sum, row_max = attend(
+        acc0, acc1, acc2, row_sum, row_max, q0, q1, q2, positions, last_position, slope, k_base, v_base, k_stride, v_stride,
+        pages, k_page, v_page, edge, end, context, window, scale,
+        HEAD_DIM, D0, D1, D2, BLOCK_N, PAGE_SIZE, True, HAS_ALIBI, HAS_WINDOW, True,
+    )  # fmt: skip
+    out_rows = out + (tokens * out_stride + heads * out_head)[:, None]
+    finish_rows(out_rows, acc0, acc1, acc2, value_scale / row_sum, rows_in, HEAD_DIM, D0, D1, D2)
+
+
+def default_decode_config(head_dim: int, element_bytes: int) -> dict[str, int]:
+    """Decode tiles; SPLIT, the keys of one span, is part of the result's rounding and is the same on every device."""
+    if element_bytes == 4:
+        return {"BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+    if head_dim > 128:
+        return {"BLOCK_N": 32, "num_warps": 4, "num_stages": 3}
+    return {"BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
+
+
+SPLIT_KEYS = 512
+
+
+def default_chunk_config(head_dim: int, element_bytes: int) -> dict[str, int]:
+    """Tiles for sequences with more than one query, and for a shared prefix."""
+    if element_bytes == 4:
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+    if head_dim > 128:
+        return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
+
+
+def launch_paged(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    context_lens: torch.Tensor,
+    query_starts: torch.Tensor,
+    max_query_len: int,
+    max_context_len: int,
+    num_decodes: int,
+    softmax_scale: float,
+    slopes: torch.Tensor | None,
+    window: int | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    shared_prefix_len: int,
+    decode_config: Mapping[str, int],
+    chunk_config: Mapping[str, int],
+    split: int = SPLIT_KEYS,
+) -> torch.Tensor:
+    """Runs the decode kernels on the first ``num_decodes`` sequences and the chunk kernel on the rest."""
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads = k_cache.shape[2]
+    group = num_heads // num_kv_heads
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    d0, d1, d2 = split_head_dim(head_dim)
+    has_scale = k_scale is not None or v_scale is not None
+    if has_scale:
+        ones = torch.ones(num_kv_heads, dtype=torch.float32, device=q.device)
+        k_scale, v_scale = (ones if s is None else s for s in (k_scale, v_scale))
+    any_tensor = context_lens
+    slopes_ = slopes if slopes is not None else any_tensor
+    k_scale_ = k_scale if k_scale is not None else any_tensor
+    v_scale_ = v_scale if v_scale is not None else any_tensor
+    cache_strides = (*k_cache.stride()[:3], *v_cache.stride()[:3])
+    window_, scale = window if window is not None else 0, softmax_scale * LOG2_E
+    constants = {
+        "GROUP": group, "HEAD_DIM": head_dim, "D0": d0, "D1": d1, "D2": d2, "PAGE_SIZE": k_cache.shape[1],
+        "HAS_ALIBI": slopes is not None, "HAS_WINDOW": window is not None, "HAS_SCALE": has_scale,
+    }  # fmt: skip
+    if num_decodes:
+        prefix_spans = triton.cdiv(shared_prefix_len, split)
+        spans = max(1, triton.cdiv(max_context_len - shared_prefix_len, split))
+        num_slots = prefix_spans + spans
+        direct = num_slots == 1
+        if direct:
+            partial = partial_lse = out
+        else:
+            partial = torch.empty((num_decodes, num_heads, num_slots, head_dim), dtype=torch.float32, device=q.device)
+            partial_lse = torch.empty((num_decodes, num_heads, num_slots), dtype=torch.float32, device=q.device)
+        if prefix_spans:
+            tiles = triton.cdiv(num_decodes * group, chunk_config["BLOCK_M"])
+            prefix_kernel[(tiles * prefix_spans * num_kv_heads,)](
+                q, k_cache, v_cache, page_table, context_lens, slopes_, k_scale_, v_scale_, partial, partial_lse,
+                q.stride(0), q.stride(1), *cache_strides, num_kv_heads, num_slots, prefix_spans, num_decodes,
+                shared_prefix_len, window_, scale, SPLIT=split, **constants, **chunk_config,
+            )  # fmt: skip
+        decode_kernel[(num_decodes * spans * num_kv_heads,)](
+            q, k_cache, v_cache, page_table, context_lens, slopes_, k_scale_, v_scale_, out, partial, partial_lse,
+            q.stride(0), q.stride(1), *cache_strides, out.stride(0), out.stride(1), page_table.stride(0),
+            num_kv_heads, num_slots, prefix_spans, shared_prefix_len, window_, scale,
+            ROWS=max(16, triton.next_power_of_2(group)), SPLIT=split, DIRECT=direct, **constants, **decode_config,
+        )  # fmt: skip
+        if not direct:
+            merge_kernel[(num_decodes, num_heads)](
+                partial, partial_lse, context_lens, out, out.stride(0), out.stride(1), num_heads, num_slots,
+                prefix_spans, shared_prefix_len, HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim),
+                SPLIT=split, num_warps=2,
+            )  # fmt: skip
+    num_chunks = context_lens.shape[0] - num_decodes
+    if num_chunks and num_tokens > num_decodes:
+        config = dict(chunk_config)
+        config["BLOCK_M"] = max(config["BLOCK_M"], triton.next_power_of_2(group))
+        num_tiles = num_tokens // (config["BLOCK_M"] // group) + num_chunks
+        chunk_kernel[(num_tiles * num_kv_heads,)](
+            q, k_cache, v_cache, page_table[num_decodes:], context_lens[num_decodes:], query_starts[num_decodes:],
+            slopes_, k_scale_, v_scale_, out, q.stride(0), q.stride(1), *cache_strides, out.stride(0), out.stride(1),
+            page_table.stride(0), num_chunks, num_tiles, num_kv_heads, window_, scale, **constants, **config,
+        )  # fmt: skip
+    return out
