@@ -16,6 +16,7 @@ from .records import Example, Task, Verdict
 
 # Every reason there is, in the order in which they are looked for.
 UNPARSABLE = "reply does not parse"
+TOO_LONG_PROMPT = "prompt too long for the context"
 EMPTY = "empty"
 TOO_SHORT = "too short"
 TOO_LONG = "too long"
@@ -29,7 +30,19 @@ OVERLAP = "overlaps the evaluation data"
 LOW_AGREEMENT = "samples disagree"
 SURPLUS = "more than wanted of its kind"
 
-_PLACEHOLDERS = ("[insert", "<insert", "[your", "<your", "lorem ipsum", "[text]", "[input]", "<input>", "[passage]", "[name", "xxx")
+_PLACEHOLDERS = (
+    "[insert",
+    "<insert",
+    "[your",
+    "<your",
+    "lorem ipsum",
+    "[text]",
+    "[input]",
+    "<input>",
+    "[passage]",
+    "[name",
+    "xxx",
+)
 
 
 class TokenCharacters:
@@ -211,6 +224,7 @@ class EvaluationOverlap:
             if found:
                 rows.append(example.id)
         by_task = {
-            name: {"examples": count, "overlapping": sum(t == name for t, _ in touched)} for name, count in self._num_examples.items()
+            name: {"examples": count, "overlapping": sum(t == name for t, _ in touched)}
+            for name, count in self._num_examples.items()
         }
         return {"n": self.n, "training_rows": len(rows), "rows": rows[:50], "tasks": by_task}

@@ -140,7 +140,11 @@ def form_fault(kind: Kind | None, text: str, input: str) -> str:
     if kind.form == "entities" and not _TYPED_LIST.match(text):
         return "not in the form of the seeds' answers"
     for name, type_ in kind.answer_parts(text):
-        if kind.form == "entities" and type_.lower() not in kind.labels and type_.lower() not in kind.instruction.lower():
+        if (
+            kind.form == "entities"
+            and type_.lower() not in kind.labels
+            and type_.lower() not in kind.instruction.lower()
+        ):
             return "label not among those of the seeds"
         if kind.extractive and not _within(name, input):
             return "span not in the input"

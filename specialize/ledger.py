@@ -97,7 +97,9 @@ class Ledger:
         if found is None:
             self.set_meta("format", _FORMAT)
         elif found != _FORMAT:
-            raise InputError(f"{self.path}: ledger format {found}, this version reads {_FORMAT}; choose another --out folder")
+            raise InputError(
+                f"{self.path}: ledger format {found}, this version reads {_FORMAT}; choose another --out folder"
+            )
 
     def close(self) -> None:
         self._db.close()
@@ -188,7 +190,10 @@ class Ledger:
         with self.transaction():
             self._db.executemany(
                 "UPDATE items SET status = ?, reason = ?, detail = ?, output = ?, score = ?, decided = ? WHERE id = ?",
-                [(status, reason, detail, output, score, now, id) for id, status, reason, detail, output, score in decisions],
+                [
+                    (status, reason, detail, output, score, now, id)
+                    for id, status, reason, detail, output, score in decisions
+                ],
             )
 
     def reopen(self, round: int) -> None:
@@ -199,17 +204,23 @@ class Ledger:
             (round,),
         )
 
-    def delete_items(self, round: int | None = None) -> None:
+    def delete_synthesis(self) -> None:
+        """Every candidate, its replies and the plans of the waves. Replies of evaluations stay."""
+        with self.transaction():
+            self._db.execute("DELETE FROM replies WHERE purpose NOT LIKE 'eval/%'")
+            self._db.execute("DELETE FROM items")
+            self._db.execute("DELETE FROM meta WHERE key LIKE 'wave-%'")
+
+    def delete_responses(self, round: int) -> None:
+        """The answers of a round; the candidates of round 1 stay, later rounds' are copies and go."""
         with self.transaction():
             self._db.execute(
-                "DELETE FROM replies WHERE item_id IN (SELECT id FROM items WHERE ? IS NULL OR round = ?)", (round, round)
+                "DELETE FROM replies WHERE purpose = 'response' AND item_id IN (SELECT id FROM items WHERE round = ?)",
+                (round,),
             )
-            self._db.execute("DELETE FROM items WHERE ? IS NULL OR round = ?", (round, round))
-            if round is None:
-                self._db.execute("DELETE FROM replies")
-
-    def delete_replies(self, purpose: str) -> None:
-        self._db.execute("DELETE FROM replies WHERE purpose = ?", (purpose,))
+            if round > 1:
+                self._db.execute("DELETE FROM items WHERE round = ?", (round,))
+        self.reopen(round)
 
     # replies
 
@@ -254,7 +265,9 @@ class Ledger:
         return dict(rows.fetchall())
 
     def counts(self, round: int | None = None) -> dict[str, int]:
-        rows = self._db.execute("SELECT status, COUNT(*) FROM items WHERE ? IS NULL OR round = ? GROUP BY status", (round, round))
+        rows = self._db.execute(
+            "SELECT status, COUNT(*) FROM items WHERE ? IS NULL OR round = ? GROUP BY status", (round, round)
+        )
         return dict(rows.fetchall())
 
     def reply_times(self, purpose: str) -> list[tuple[float, int]]:
@@ -282,7 +295,9 @@ def run_lock(folder: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
-            raise InputError(f"{folder}: another run (process {holder}) is at work here; wait for it or choose another --out") from None
+            raise InputError(
+                f"{folder}: another run (process {holder}) is at work here; wait for it or choose another --out"
+            ) from None
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         yield

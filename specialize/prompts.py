@@ -19,9 +19,13 @@ def _template(name: str) -> Any:
     import jinja2
 
     environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined, keep_trailing_newline=True, trim_blocks=True, lstrip_blocks=True, autoescape=False
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,
     )
-    return environment.from_string(files("specialize").joinpath("prompts", f"{name}.jinja").read_text(encoding="utf-8"))
+    return environment.from_string((files("specialize") / "prompts" / f"{name}.jinja").read_text(encoding="utf-8"))
 
 
 def render(name: str, **values: Any) -> str:

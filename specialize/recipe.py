@@ -82,8 +82,9 @@ class Filter:
 
 @dataclass(frozen=True)
 class Tune:
-    """LoRA on base weights. ``epochs`` are passes over seeds and kept rows together; the control on the seeds alone gets
-    as many tokens. ``teacher_epochs`` are passes over the seeds for the model that answers."""
+    """LoRA on base weights. ``epochs`` are passes over seeds and kept rows together; with ``budget: teacher`` there are as
+    many passes as spend the teacher's tokens. The control on the seeds alone gets as many tokens as the expert.
+    ``teacher_epochs`` are passes over the seeds for the model that answers."""
 
     rank: int = 16
     alpha: float = 32.0
@@ -92,6 +93,7 @@ class Tune:
     learning_rate: float = 5e-4
     schedule: str = "linear"
     warmup: float = 0.05
+    budget: str = "epochs"
     epochs: float = 2.0
     teacher_epochs: float = 4.0
     batch: int = 16
@@ -151,6 +153,7 @@ _CHOICES = {
     "instructions.novel_input": ("corpus", "written"),
     "instructions.material": ("nearest", "random"),
     "responses.passages_for": ("open", "all"),
+    "tune.budget": ("epochs", "teacher"),
     "tune.schedule": ("linear", "cosine", "constant"),
 }
 # Inclusive bounds of numbers; None is open.

@@ -1,0 +1,782 @@
+"""A run: its folder, its stages, and what is redone when settings change.
+
+recipe → index → teacher → instructions → responses → filter → tune → control → evaluate → report. Each stage reads and
+writes the ledger; a stage that was begun goes on, a finished one is skipped. A stage's fingerprint holds its settings and
+the fingerprints of what it builds on.
+"""
+
+# pyright: reportMissingImports=false
+# The sibling folders join this package when it is installed (setup.py); by path pyright cannot see them from here.
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from . import filter as rules
+from .errors import InputError
+from .evaluate import EvalReport, System, compare, evaluate
+from .kinds import kinds_of
+from .ledger import Item, Ledger, run_lock
+from .metrics import rouge_words
+from .progress import Reporter
+from .recipe import Recipe, write_recipe
+from .records import Example, file_fingerprint, fingerprint, read_seeds, read_tasks
+from .synthesize import Synthesizer, number_of, run_jobs
+from .tune import encode, epoch_tokens, seed_examples, train, train_config
+
+STAGES = ("index", "teacher", "instructions", "responses", "filter", "tune", "control", "evaluate", "report")
+INPUTS = ("model", "seeds", "corpus", "tasks")
+# The teacher serves as the seeds-only control when its training tokens differ from the expert's by less than this share.
+EQUAL_TOKENS = 0.05
+
+
+class Run:
+    """One run folder, opened by one process. ``execute`` brings it as far as a stage."""
+
+    def __init__(
+        self,
+        folder: Path,
+        recipe: Recipe,
+        inputs: Mapping[str, str],
+        *,
+        reporter: Reporter | None = None,
+        device: str = "auto",
+    ):
+        self.folder = folder
+        self.recipe = recipe
+        self.inputs = dict(inputs)
+        self.reporter = reporter or Reporter()
+        self.device = device
+        self.seeds = read_seeds(inputs["seeds"])
+        self.tasks = read_tasks(inputs["tasks"])
+        self.kinds = kinds_of(self.seeds)
+        if not Path(inputs["corpus"]).exists():
+            raise InputError(f"corpus: no such file or folder: {inputs['corpus']}")
+        for shots in (*recipe.evaluate.shots, *recipe.evaluate.base_shots):
+            for task in self.tasks:
+                if shots > len(task.shots):
+                    raise InputError(
+                        f"task {task.name}: evaluate.shots asks for {shots}, the file has {len(task.shots)}"
+                    )
+        self.prints = {name: file_fingerprint(inputs[name]) for name in INPUTS}
+        self._generator: Any = None
+        self._adapter_names: dict[str, str] = {}
+        self._index: Any = None
+
+    # stages and their fingerprints
+
+    def stage_names(self) -> list[str]:
+        """All stages of this recipe in order; from the second round on "responses-2", "filter-2", "tune-2", …"""
+        recipe = self.recipe
+        names = ["index"] if recipe.retrieval.mode != "off" else []
+        names += ["teacher"] if recipe.teacher.enabled else []
+        names.append("instructions")
+        for round in range(1, recipe.rounds + 1):
+            names += [_numbered(name, round) for name in ("responses", "filter", "tune")]
+        return names + (["control"] if recipe.evaluate.seeds_only else [])
+
+    def settings_of(self) -> dict[str, dict[str, Any]]:
+        """What each stage depends on by itself."""
+        plain, prints = self.recipe.to_dict(), self.prints
+        base = {"seed": plain["seed"], "model": prints["model"], "dtype": self.recipe.dtype}
+        tune = plain["tune"] | {"epochs": None, "teacher_epochs": None, "budget": None}
+        found: dict[str, dict[str, Any]] = {
+            "index": {"corpus": prints["corpus"], **{f"retrieval.{k}": v for k, v in plain["retrieval"].items()}},
+            "teacher": base
+            | {"seeds": prints["seeds"], **{f"tune.{k}": v for k, v in tune.items() if v is not None}}
+            | {"tune.teacher_epochs": plain["tune"]["teacher_epochs"]},
+            "instructions": base
+            | {"seeds": prints["seeds"], "corpus": prints["corpus"], "examples": plain["examples"]}
+            | {f"instructions.{k}": v for k, v in plain["instructions"].items()},
+        }
+        for round in range(1, self.recipe.rounds + 1):
+            found[_numbered("responses", round)] = base | {f"responses.{k}": v for k, v in plain["responses"].items()}
+            found[_numbered("filter", round)] = {
+                "tasks": prints["tasks"],
+                **{f"filter.{k}": v for k, v in plain["filter"].items()},
+            }
+            found[_numbered("tune", round)] = base | {
+                f"tune.{k}": v for k, v in plain["tune"].items() if k != "teacher_epochs" and v is not None
+            }
+        found["control"] = {
+            "seeds": prints["seeds"],
+            **{k: v for k, v in found["tune"].items() if k not in ("tune.epochs", "tune.budget")},
+        }
+        return {name: found[name] for name in self.stage_names()}
+
+    def fingerprints(self) -> dict[str, str]:
+        settings = self.settings_of()
+        found: dict[str, str] = {}
+        for position, name in enumerate(settings):
+            upstream = {other: found[other] for other in list(settings)[:position] if _builds_on(name, other)}
+            found[name] = fingerprint(settings[name], upstream)
+        return found
+
+    def invalidated(self, ledger: Ledger) -> tuple[list[str], list[str]]:
+        """(stages begun that the present settings would redo, the settings that differ as "name: old → new")."""
+        begun, wanted, settings = ledger.stages(), self.fingerprints(), self.settings_of()
+        stale = [name for name in begun if name not in wanted or begun[name].fingerprint != wanted[name]]
+        changes = []
+        for name in stale:
+            now = settings.get(name, {})
+            for key, old in begun[name].settings.items():
+                if key in now and now[key] != old:
+                    text = f"{key}: {_short(old)} → {_short(now[key])}"
+                    if text not in changes:
+                        changes.append(text)
+        return stale, changes
+
+    def _forget(self, ledger: Ledger, stale: list[str]) -> None:
+        """Delete what the stale stages made, last first."""
+        for name in reversed(stale):
+            stage, round = _split(name)
+            if stage == "index":
+                shutil.rmtree(self.folder / "index", ignore_errors=True)
+            elif stage in ("teacher", "control"):
+                shutil.rmtree(self.folder / stage, ignore_errors=True)
+            elif stage == "tune":
+                shutil.rmtree(self._round_folder(round), ignore_errors=True)
+                shutil.rmtree(self.folder / "adapter", ignore_errors=True)
+            elif stage == "filter":
+                ledger.reopen(round)
+            elif stage == "responses":
+                ledger.delete_responses(round)
+            elif stage == "instructions":
+                ledger.delete_synthesis()
+        ledger.forget_stages(stale)
+
+    # opening
+
+    @contextmanager
+    def _opened(self, *, redo: bool) -> Iterator[Ledger]:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--out {self.folder}: {error.strerror}") from None
+        with run_lock(self.folder), Ledger(self.folder / "ledger.sqlite") as ledger:
+            stale, changes = self.invalidated(ledger)
+            if stale and not redo:
+                what = f" ({'; '.join(changes)})" if changes else ""
+                raise InputError(
+                    f"{self.folder}: the settings differ from those the run was made with{what}; this redoes "
+                    f"{', '.join(stale)}. Add --redo to do so, or choose another --out"
+                )
+            if stale:
+                self.reporter.say(
+                    f"redoing {', '.join(stale)}" + (f" because of {'; '.join(changes)}" if changes else "")
+                )
+                self._forget(ledger, stale)
+            write_recipe(self.recipe, self.inputs, self.folder / "recipe.yaml")
+            yield ledger
+
+    def execute(self, *, until: str = "report", redo: bool = False) -> dict[str, Any]:
+        """Do all stages up to and including ``until``; returns what ``eval.json`` holds when that far, else counts."""
+        if until not in STAGES:
+            raise InputError(f"stage {until!r} is unknown; stages: {', '.join(STAGES)}")
+        last = STAGES.index(until)
+        with self._opened(redo=redo) as ledger:
+            self.ledger = ledger
+            try:
+                for name in self.stage_names():
+                    stage, round = _split(name)
+                    if STAGES.index(stage) > last or (stage in ("instructions", "responses")):
+                        continue  # instructions and responses interleave with the filter, in waves
+                    if stage == "filter":
+                        self._synthesis(round)
+                    elif stage == "control":
+                        self._control()
+                    else:
+                        self._stage(name, getattr(self, f"_do_{stage}"), round)
+                if last in (STAGES.index("instructions"), STAGES.index("responses")):
+                    self._synthesis(1)
+                self._publish()
+                result = self.summary()
+                if last >= STAGES.index("evaluate"):
+                    result = self._do_evaluate()
+                if last >= STAGES.index("report"):
+                    self._do_report()
+                return result
+            finally:
+                self._generator = None
+
+    def _stage(self, name: str, work: Callable[[int], dict[str, Any]], round: int) -> None:
+        """Run one stage unless it is done; the time it took is kept even when it is interrupted."""
+        found = self.ledger.stages().get(name)
+        if found is not None and found.done:
+            return
+        self.ledger.begin_stage(name, self.fingerprints()[name], self.settings_of()[name])
+        started = time.monotonic()
+        try:
+            info = work(round)
+        finally:
+            self.ledger.add_seconds(name, time.monotonic() - started)
+        self.ledger.end_stage(name, info)
+
+    # shared parts
+
+    @cached_property
+    def model_path(self) -> Path:
+        return Path(self.inputs["model"])
+
+    @property
+    def generator(self) -> Any:
+        """The generator with the base's weights, loaded when first needed."""
+        if self._generator is None:
+            from .engine.generator import Generator
+
+            self.reporter.say(f"loading {self.model_path.name}")
+            self._generator = Generator.from_pretrained(self.model_path, dtype=self.recipe.dtype, device=self.device)
+            self._adapter_names = {}
+        return self._generator
+
+    def _adapter_name(self, folder: str | None) -> str | None:
+        """The name under which the generator knows an adapter folder, loaded when first asked for."""
+        if folder is None:
+            return None
+        if folder not in self._adapter_names:
+            self._adapter_names[folder] = self.generator.load_adapter(folder)
+        return self._adapter_names[folder]
+
+    def embedder(self) -> Any:
+        if self.recipe.retrieval.mode == "bm25":
+            return None
+        return load_embedder(self.recipe.retrieval.embedder)
+
+    @property
+    def index(self) -> Any:
+        if self.recipe.retrieval.mode == "off":
+            return None
+        if self._index is None:
+            from .retrieval.index import Index
+
+            self._index = Index.load(self.folder / "index", self.embedder())
+        return self._index
+
+    @cached_property
+    def synthesizer(self) -> Synthesizer:
+        from .retrieval.corpus import read_corpus
+
+        overlap = rules.EvaluationOverlap(self.tasks, self.recipe.filter.overlap_words)
+        documents = list(read_corpus(self.inputs["corpus"]))
+        if not documents:
+            raise InputError(f"corpus: {self.inputs['corpus']} holds no documents")
+        return Synthesizer(self.recipe, self.kinds, documents, index=self.index, overlap=overlap)
+
+    def _round_folder(self, round: int) -> Path:
+        return self.folder / "rounds" / str(round)
+
+    def _teacher_of(self, round: int) -> str | None:
+        """The adapter that answers in a round: the expert of the round before, first the seeds-tuned teacher."""
+        if round > 1:
+            return str(self._round_folder(round - 1))
+        return str(self.folder / "teacher") if self.recipe.teacher.enabled else None
+
+    # stages
+
+    def _do_index(self, _: int) -> dict[str, Any]:
+        from .retrieval.index import Index
+
+        settings = self.recipe.retrieval
+        with self.reporter.bar("index") as bar:
+
+            def show(stage: str, done: int, total: int) -> None:
+                bar.unit = stage
+                bar.set(done, total=total)
+
+            index = Index.build(
+                self.inputs["corpus"],
+                self.folder / "index",
+                self.embedder(),
+                max_words=settings.chunk_words,
+                overlap_words=settings.overlap_words,
+                progress=show,
+            )
+        self._index = index
+        info: dict[str, Any] = {"passages": len(index)}
+        if settings.mode != "bm25":
+            info["recall_at_10"] = round(float(index.recall(10)), 4)
+        return info
+
+    def _train(self, label: str, examples: list[Example], epochs: float, out: Path) -> dict[str, Any]:
+        from .engine.model import Model
+        from .engine.tokenizer import Tokenizer
+
+        self._generator = None  # one copy of the weights at a time
+        tokenizer = Tokenizer.from_pretrained(self.model_path)
+        model = load_model(Model, self.model_path, self.recipe.dtype, self.device)
+        rows = encode(tokenizer, examples)
+        per_epoch = epoch_tokens(rows)
+        if epochs <= 0:  # a budget in tokens, given as minus their number
+            epochs = -epochs / per_epoch
+        config = train_config(
+            self.recipe.tune,
+            epochs=epochs,
+            seed=number_of(self.recipe.seed, "tune", bits=31),
+            max_context=model.config.max_context,
+        )
+        with self.reporter.bar(label, unit="tokens") as bar:
+
+            def show(step: Any) -> None:
+                bar.set(
+                    step.tokens_done,
+                    f"step {step.step}/{step.num_steps}, loss {step.loss:.3f}",
+                    total=round(per_epoch * epochs),
+                )
+
+            found = _Counter(show)
+            result = train(model, rows, config, out, base_model=str(self.inputs["model"]), on_step=found)
+        result |= {"epochs": epochs, "rows": len(rows), "learning_rate": config.learning_rate, "rank": config.rank}
+        return result
+
+    def _do_teacher(self, _: int) -> dict[str, Any]:
+        return self._train(
+            "teacher", seed_examples(self.seeds), self.recipe.tune.teacher_epochs, self.folder / "teacher"
+        )
+
+    def _synthesis(self, round: int) -> None:
+        """Instructions, responses and filter of one round, in waves until enough rows are kept."""
+        ledger, names = self.ledger, [_numbered(n, round) for n in ("responses", "filter")]
+        names = ["instructions", *names] if round == 1 else names
+        stages = ledger.stages()
+        if all(name in stages and stages[name].done for name in names):
+            return
+        prints, settings = self.fingerprints(), self.settings_of()
+        for name in names:
+            ledger.begin_stage(name, prints[name], settings[name])
+        clock = _Clock(ledger)
+        maker = self.synthesizer
+        kept: dict[str, int] = {}
+        if round > 1:
+            self._carry_over(round)
+        for wave in range(self.recipe.instructions.max_waves if round == 1 else 1):
+            if round == 1:
+                targets = maker.targets()
+                missing = {source: targets[source] - kept.get(source, 0) for source in targets}
+                if wave > 0 and sum(kept.values()) >= self.recipe.examples:
+                    break
+                with clock.of("instructions"):
+                    if not self._draft(wave, missing) and wave > 0:
+                        break
+            with clock.of(_numbered("responses", round)):
+                self._respond(round, wave)
+            with clock.of(_numbered("filter", round)):
+                judged = self._judge(round)
+                kept = {}
+                for item, verdict, _, _ in judged:
+                    if verdict.kept:
+                        source = item.id.split("-")[1]
+                        kept[source] = kept.get(source, 0) + 1
+        with clock.of(_numbered("filter", round)):
+            judged = maker.select(self._judge(round))
+            ledger.decide(
+                (item.id, "kept" if v.kept else "rejected", v.reason, v.detail, answer, score)
+                for item, v, answer, score in judged
+            )
+            self._write_dataset(round)
+        counts = ledger.counts(round)
+        if not counts.get("kept"):
+            raise InputError(
+                f"round {round}: no candidate passed the filter; the commonest reason: {next(iter(ledger.reasons(round)), 'none')}. "
+                f"The ledger {ledger.path} holds every reply"
+            )
+        if counts["kept"] < self.recipe.examples:
+            self.reporter.say(
+                f"round {round}: kept {counts['kept']} of the {self.recipe.examples} wanted; candidates ran out"
+            )
+        for name in names:
+            ledger.end_stage(
+                name, {"counts": counts, "reasons": ledger.reasons(round)} if name.startswith("filter") else {}
+            )
+        self.reporter.say(
+            f"round {round}: {sum(counts.values())} candidates, {counts['kept']} kept; rejected: "
+            + (", ".join(f"{n} {reason}" for reason, n in ledger.reasons(round).items()) or "none")
+        )
+
+    def _draft(self, wave: int, missing: dict[str, int]) -> int:
+        """Make the candidates of a wave; returns how many it has. The plan is fixed when the wave begins."""
+        ledger, maker = self.ledger, self.synthesizer
+        key = f"wave-{wave}"
+        plan = ledger.meta(key)
+        if plan is None:
+            starts = dict.fromkeys(missing, 0)
+            for earlier in range(wave):
+                for source, (_, stop) in ledger.meta(f"wave-{earlier}").items():
+                    starts[source] = max(starts.get(source, 0), stop)
+            plan = {s: (starts[s], starts[s] + n) for s, n in maker.plan_wave(wave, missing).items()}
+            ledger.set_meta(key, plan)
+        have = ledger.item_ids(round=1)
+        direct, jobs = [], {}
+        for source, (start, stop) in plan.items():
+            items, asked = maker.draft_jobs(wave, source, range(start, stop))
+            direct += [item for item in items if item.id not in have]
+            jobs[source] = asked
+        with ledger.transaction():
+            ledger.add_items(direct)
+        asked = [job for source in jobs for job in jobs[source]]
+        todo = [job for job in asked if job.item_id not in have]
+        if todo:
+            with self.reporter.bar(
+                "instructions" if wave == 0 else f"instructions (wave {wave + 1})", len(todo)
+            ) as bar:
+                run_jobs(self.generator, todo, ledger, origin=self._origin(None), on_reply=lambda _: bar.advance())
+        for source, mine in jobs.items():
+            if not mine:
+                continue
+            purpose = mine[0].purpose
+            replies = ledger.replies(purpose, [job.item_id for job in mine])
+            dedupe = rules.NearDuplicates(self.recipe.filter.rouge_l, {seed.instruction for seed in self.seeds})
+            if source == "novel":
+                # Instructions kept in earlier waves are part of the pool; items come in the order of their ids.
+                for item in ledger.items(round=1):
+                    if (
+                        item.source == "novel"
+                        and item.wave < wave
+                        and (item.status != "rejected" or self._was_answered(item))
+                    ):
+                        dedupe.add(item.instruction)
+            ordered = [replies[job.item_id][0] for job in mine if job.item_id in replies]
+            with ledger.transaction():
+                ledger.add_items(maker.drafted(wave, source, ordered, dedupe))
+        return sum(stop - start for start, stop in plan.values()) if direct or asked else 0
+
+    def _origin(self, adapter: str | None) -> dict[str, Any]:
+        return {"model": str(self.inputs["model"]), "adapter": adapter}
+
+    def _carry_over(self, round: int) -> None:
+        """The candidates of round 1 that were answered stand again, to be answered by the better model."""
+        items = [i for i in self.ledger.items(round=1) if self._was_answered(i)]
+        with self.ledger.transaction():
+            self.ledger.add_items(
+                replace(
+                    item,
+                    id=f"r{round}-" + item.id.split("-", 1)[1],
+                    round=round,
+                    wave=0,
+                    status="new",
+                    reason="",
+                    detail="",
+                    output="",
+                    score=None,
+                    provenance=item.provenance | {"from": item.id},
+                )
+                for item in items
+            )
+
+    @staticmethod
+    def _was_answered(item: Item) -> bool:
+        return item.status == "kept" or item.score is not None
+
+    def _respond(self, round: int, wave: int) -> None:
+        ledger, maker = self.ledger, self.synthesizer
+        items = [i for i in ledger.items(round=round, wave=wave) if i.status == "new" or self._was_answered(i)]
+        teacher = self._teacher_of(round)
+        done = ledger.reply_ids("response")
+        jobs = maker.response_jobs(items, None)
+        waiting = [job for job in jobs if any(job.reply_id(n) not in done for n in range(job.params.n))]
+        if not waiting:
+            return
+        name = self._adapter_name(teacher)
+        per_item = 1 + self.recipe.responses.samples
+        by_id = {item.id: item for item in items}
+        got = {i: r for i, r in ledger.replies("response", by_id).items()}
+        passing = sum(
+            1 for i, replies in got.items() if len(replies) == per_item and maker.judge(by_id[i], replies)[0].kept
+        )
+        label = "responses" if round == 1 else f"responses (round {round})"
+        with self.reporter.bar(label, len(items), "items") as bar:
+            finished = sum(len(replies) == per_item for replies in got.values())
+            bar.already(finished)
+
+            def count(reply: Any) -> None:
+                nonlocal finished, passing
+                replies = got.setdefault(reply.item_id, [])
+                replies.append(reply)
+                if len(replies) == per_item:
+                    finished += 1
+                    replies.sort(key=lambda r: r.sample)
+                    passing += maker.judge(by_id[reply.item_id], replies)[0].kept
+                    bar.set(finished, f"{passing} pass the filter")
+
+            waiting = [replace(job, adapter=name) for job in waiting]
+            run_jobs(self.generator, waiting, ledger, origin=self._origin(teacher), on_reply=count)
+
+    def _judge(self, round: int) -> list[tuple[Item, Any, str, float]]:
+        items = [i for i in self.ledger.items(round=round) if i.status == "new" or self._was_answered(i)]
+        replies = self.ledger.replies("response", [i.id for i in items])
+        judged = []
+        inputs = set()
+        for item in items:
+            verdict, answer, score = self.synthesizer.judge(item, replies.get(item.id, []))
+            key = (item.instruction, " ".join(rouge_words(item.input)))
+            if verdict.kept and key in inputs and self.recipe.filter.enabled:
+                verdict = rules.Verdict(False, rules.NEAR_DUPLICATE, "same instruction and input")
+            if verdict.kept:
+                inputs.add(key)
+            judged.append((item, verdict, answer, score))
+        return judged
+
+    def examples(self, round: int) -> list[Example]:
+        """The kept rows of a round, with their provenance."""
+        kept = self.ledger.items(round=round, status="kept")
+        replies = self.ledger.replies("response", [item.id for item in kept])
+        found = []
+        for item in kept:
+            first = replies.get(item.id)
+            trail = dict(item.provenance) | {"agreement": item.score}
+            if first:
+                origin = first[0].provenance
+                trail |= {k: origin[k] for k in ("model", "adapter", "passages", "seed") if k in origin}
+                trail["demonstrations"] = origin.get("seeds", [])
+            found.append(Example(item.id, item.source, item.kind, item.instruction, item.input, item.output, trail))
+        return found
+
+    def _write_dataset(self, round: int) -> None:
+        """``dataset.jsonl``: the kept rows of the last filtered round, written whole or not at all."""
+        rows = [
+            {"id": e.id, "instruction": e.instruction, "input": e.input, "output": e.output, "task": e.kind}
+            | {"provenance": e.provenance | {"source": e.source}}
+            for e in self.examples(round)
+        ]
+        write_text(self.folder / "dataset.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+    def _do_tune(self, round: int) -> dict[str, Any]:
+        settings = self.recipe.tune
+        examples = self.examples(round)
+        if settings.include_seeds:
+            examples = seed_examples(self.seeds) * settings.seed_repeat + examples
+        epochs = settings.epochs
+        if settings.budget == "teacher" and self.recipe.teacher.enabled:
+            epochs = -float(self.ledger.stages()["teacher"].info["tokens"])
+        label = "tune" if self.recipe.rounds == 1 else f"tune (round {round})"
+        info = self._train(label, examples, epochs, self._round_folder(round))
+        overlap = rules.EvaluationOverlap(self.tasks, self.recipe.filter.overlap_words)
+        info["contamination"] = overlap.report(examples)
+        return info
+
+    def _publish(self) -> None:
+        """``adapter/`` is the last round's adapter, without the training state."""
+        round = self.recipe.rounds
+        target, temporary = self.folder / "adapter", self.folder / "adapter.tmp"
+        stage = self.ledger.stages().get(_numbered("tune", round))
+        if stage is None or not stage.done:
+            return
+        if target.is_dir() and _adapter_identity(str(target)) == _adapter_identity(str(self._round_folder(round))):
+            return
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copy2(self._round_folder(round) / name, temporary / name)
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+
+    def _control(self) -> None:
+        """Make the control unless there is one of the right number of tokens (another round may have changed it)."""
+        stages = self.ledger.stages()
+        wanted = float(stages[_numbered("tune", self.recipe.rounds)].info["tokens"])
+        have = stages.get("control")
+        if have is not None and have.done and abs(have.info["tokens"] - wanted) > EQUAL_TOKENS * wanted:
+            shutil.rmtree(self.folder / "control", ignore_errors=True)
+            self.ledger.forget_stages(["control"])
+        self._stage("control", self._do_control, 1)
+
+    def _do_control(self, _: int) -> dict[str, Any]:
+        """The base tuned on the seeds alone for as many tokens as the expert; the teacher itself if it had as many."""
+        stages = self.ledger.stages()
+        wanted = float(stages[_numbered("tune", self.recipe.rounds)].info["tokens"])
+        teacher = stages.get("teacher")
+        if teacher is not None and abs(teacher.info["tokens"] - wanted) <= EQUAL_TOKENS * wanted:
+            return teacher.info | {"adapter_path": str(self.folder / "teacher"), "same_as": "teacher"}
+        return self._train("control (seeds alone)", seed_examples(self.seeds), -wanted, self.folder / "control")
+
+    def systems(self) -> list[System]:
+        """What is scored, as far as it exists: base, seeds-only control, the expert of each round."""
+        stages = self.ledger.stages()
+        found = [System("base", None, "base", "base")]
+        if "control" in stages and stages["control"].done:
+            folder = stages["control"].info["adapter_path"]
+            found.append(System("seeds", folder, _adapter_identity(folder), "seeds alone"))
+        for round in range(1, self.recipe.rounds + 1):
+            stage = stages.get(_numbered("tune", round))
+            if stage is None or not stage.done:
+                continue
+            folder = str(self._round_folder(round))
+            last = round == self.recipe.rounds
+            name = "expert" if last else f"round {round}"
+            found.append(System(name, folder, _adapter_identity(folder), name))
+        return found
+
+    def _do_evaluate(self) -> dict[str, Any]:
+        settings = self.recipe.evaluate
+        started = time.monotonic()
+        self.ledger.begin_stage("evaluate", "", {})
+        reports: dict[str, EvalReport] = {}
+        systems = self.systems()
+        counts = [len(t.examples[: settings.limit or None]) for t in self.tasks]
+        for system in systems:
+            shots = tuple(dict.fromkeys((*settings.shots, *(settings.base_shots if system.name == "base" else ()))))
+            with self.reporter.bar(f"evaluate {system.label}", sum(counts) * len(shots), "replies") as bar:
+                reports[system.name] = evaluate(
+                    self.generator,
+                    self.tasks,
+                    model=str(self.inputs["model"]),
+                    model_identity=f"{self.prints['model']} {self.recipe.dtype}",
+                    system=system,
+                    shots=shots,
+                    limit=settings.limit,
+                    max_tokens=settings.max_tokens,
+                    ledger=self.ledger,
+                    seed=self.recipe.seed,
+                    on_reply=lambda _, bar=bar: bar.advance(),
+                    adapter_name=lambda system=system: self._adapter_name(system.adapter),
+                )
+        found = self._summarise(reports)
+        write_text(self.folder / "eval.json", json.dumps(found, indent=1, ensure_ascii=False))
+        self.ledger.add_seconds("evaluate", time.monotonic() - started)
+        return found
+
+    def _summarise(self, reports: dict[str, EvalReport]) -> dict[str, Any]:
+        """``eval.json``: the expert's scores on top as in a plain evaluation, then every system and the comparisons."""
+        top = reports.get("expert") or next(reversed(list(reports.values())))
+        adapter = self.folder / "adapter"
+        found = top.to_json() | {"adapter": str(adapter) if "expert" in reports and adapter.is_dir() else top.adapter}
+        found["systems"] = {name: report.to_json() for name, report in reports.items()}
+        comparisons = []
+        for one, other in (("expert", "base"), ("expert", "seeds"), ("seeds", "base")):
+            if one in reports and other in reports:
+                for shots in self.recipe.evaluate.shots:
+                    for metric in ("token_f1", "entity_f1", "rouge_l"):
+                        row = compare(reports[one], reports[other], shots, metric)
+                        comparisons.append({"system": one, "against": other} | row)
+        mover = next(
+            (c["largest_mover"] for c in comparisons if c["against"] == "base" and c["system"] == "expert"), None
+        )
+        if mover:
+            found["largest_mover"] = mover
+            for name, report in reports.items():
+                found["systems"][name]["means_without_largest_mover"] = [
+                    {"shots": shots, "metric": "token_f1"}
+                    | dict(zip(("value", "low", "high"), report.mean(shots, "token_f1", without=mover), strict=True))
+                    for shots in sorted({s.shots for s in report.scores})
+                ]
+        found["comparisons"] = comparisons
+        stage = self.ledger.stages().get(_numbered("tune", self.recipe.rounds))
+        if stage is not None:
+            found["contamination"] = stage.info.get("contamination", {})
+        return found
+
+    def _do_report(self) -> None:
+        from .report import write_report
+
+        write_report(self.folder)
+
+    def summary(self) -> dict[str, Any]:
+        """Where the run stands: stages and counts."""
+        stages = self.ledger.stages()
+        return {
+            "run": str(self.folder),
+            "stages": {name: {"done": s.done, "seconds": round(s.seconds, 1)} for name, s in stages.items()},
+            "items": self.ledger.counts(),
+            "rejected": self.ledger.reasons(),
+        }
+
+
+class _Counter:
+    """Adds up the tokens of the steps for the progress bar."""
+
+    def __init__(self, show: Callable[[Any], None]):
+        self.show, self.tokens = show, 0
+
+    def __call__(self, step: Any) -> None:
+        self.tokens += step.tokens
+        self.show(_Step(step.step, step.num_steps, step.loss, self.tokens))
+
+
+@dataclass(frozen=True)
+class _Step:
+    step: int
+    num_steps: int
+    loss: float
+    tokens_done: int
+
+
+class _Clock:
+    """Books time to stages as it passes."""
+
+    def __init__(self, ledger: Ledger):
+        self.ledger = ledger
+
+    @contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.ledger.add_seconds(name, time.monotonic() - started)
+
+
+def _numbered(stage: str, round: int) -> str:
+    return stage if round == 1 else f"{stage}-{round}"
+
+
+def _split(name: str) -> tuple[str, int]:
+    stage, _, number = name.partition("-")
+    return stage, int(number or 1)
+
+
+def _builds_on(name: str, other: str) -> bool:
+    """Whether stage ``name`` uses what stage ``other`` made. The teacher stands on the seeds alone, the control on all."""
+    stage, round = _split(name)
+    before, its_round = _split(other)
+    if stage in ("index", "teacher", "control"):  # the control's number of tokens is looked at when it is made
+        return False
+    if stage == "instructions":
+        return before == "index"
+    order = ("responses", "filter", "tune")
+    if before in order:
+        return its_round < round or order.index(before) < order.index(stage)
+    return True
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else text[:23] + "…"
+
+
+def _adapter_identity(folder: str) -> str:
+    return file_fingerprint(Path(folder) / "adapter_model.safetensors")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file whole: a killed write leaves the old one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def load_embedder(name: str) -> Any:
+    """The sentence embedder of a folder or fetch name, in the dtype that this machine is fastest in."""
+    from .engine.embedder import Embedder
+    from .engine.generator import choose_device, choose_dtype
+    from .fetch import model_path
+
+    device = choose_device("auto")
+    return Embedder.from_pretrained(model_path(name), dtype=choose_dtype("auto", device), device=device)
+
+
+def load_model(model_class: Any, path: Path, dtype: str, device: str) -> Any:
+    """The base for training."""
+    from .engine.generator import choose_device, choose_dtype
+
+    chosen = choose_device(device)
+    return model_class.from_pretrained(path, dtype=choose_dtype(dtype, chosen), device=chosen, inference=False)
