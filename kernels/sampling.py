@@ -19,9 +19,16 @@ Pseudorandom Number Generators" (2014) for the draw.
 
 from __future__ import annotations
 
+import ctypes
+import functools
+from typing import Any
+
 import torch
 
-from .dispatch import bad_argument, choose_backend
+from . import cpu
+from .dispatch import bad_argument, choose_backend, tl, triton
+from .spec import Case, CompileCase, KernelSpec
+from .tuning import tuned_config
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
@@ -180,6 +187,257 @@ def _draw(penalised, rows, keys, steps, temperature, top_k, top_p, min_p) -> tor
     return chosen
 
 
+@triton.jit
+def _mix64_scalar(z):
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    return z ^ (z >> 31)
+
+
+@triton.jit
+def _load_penalised(logits, seen, penalty, start, vocab_size, HAS_PENALTY: tl.constexpr, BLOCK: tl.constexpr):
+    """Logits of one block as given and after the penalty, in fp32; -inf past the end. Shape [1, BLOCK]."""
+    ids = start + tl.arange(0, BLOCK)[None, :]
+    raw = tl.load(logits + ids, mask=ids < vocab_size, other=float("-inf")).to(tl.float32)
+    value = raw
+    if HAS_PENALTY:
+        hit = tl.load(seen + ids, mask=ids < vocab_size, other=0) != 0
+        value = tl.where(hit, tl.where(raw > 0, raw / penalty, raw * penalty), raw)
+    return ids, raw, value
+
+
+@triton.jit
+def _load_exps(
+    logits, seen, penalty, peak, inverse_t, start, vocab_size, HAS_PENALTY: tl.constexpr, BLOCK: tl.constexpr
+):
+    """e = exp((l - peak) / temperature) of one block, 0 past the end, and its bits, which order as e does."""
+    ids, _, value = _load_penalised(logits, seen, penalty, start, vocab_size, HAS_PENALTY, BLOCK)
+    exps = tl.exp((value - peak) * inverse_t)
+    exps = tl.where(exps >= 0, exps, 0.0)
+    return ids, exps, exps.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _search(
+    logits, seen, penalty, peak, inverse_t, vocab_size, goal, by_count, HAS_PENALTY: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The cut (bits, num_equals) of the fewest highest-ranked tokens whose count or mass reaches ``goal``.
+
+    Kept are tokens of more bits and the first ``num_equals`` of just these bits. Also returns how many have these bits and
+    the mass kept. Eight thresholds a pass, three bits of the answer: ten passes over a row that stays in L2.
+    """
+    digits = tl.arange(0, 8)[:, None]
+    cut = tl.full([], 0, tl.int32)
+    for place in range(0, 10):
+        shift = 27 - 3 * place
+        sums = tl.zeros([8, BLOCK], tl.float32)
+        for start in range(0, vocab_size, BLOCK):
+            _, exps, bits = _load_exps(logits, seen, penalty, peak, inverse_t, start, vocab_size, HAS_PENALTY, BLOCK)
+            weight = tl.where(by_count, 1.0, exps)
+            sums += tl.where(bits >= cut + (digits << shift), weight, 0.0)
+        reached = tl.sum(sums, axis=1)[:, None] >= goal
+        cut += tl.max(tl.where(reached, digits, 0)) << shift
+    above_mass = tl.zeros([1, BLOCK], tl.float32)
+    above_count = tl.zeros([1, BLOCK], tl.float32)
+    equal_count = tl.zeros([1, BLOCK], tl.float32)
+    for start in range(0, vocab_size, BLOCK):
+        _, exps, bits = _load_exps(logits, seen, penalty, peak, inverse_t, start, vocab_size, HAS_PENALTY, BLOCK)
+        above_mass += tl.where(bits > cut, exps, 0.0)
+        above_count += tl.where(bits > cut, 1.0, 0.0)
+        equal_count += tl.where(bits == cut, 1.0, 0.0)
+    mass = tl.sum(above_mass)
+    equals = tl.sum(equal_count)
+    value = cut.to(tl.float32, bitcast=True)
+    missing = tl.where(by_count, goal - tl.sum(above_count), tl.ceil((goal - mass) / tl.maximum(value, 1e-38)))
+    kept = tl.minimum(tl.maximum(missing, 1.0), equals)
+    return cut, kept, equals, mass + kept * value
+
+
+@triton.jit
+def _load_kept(
+    logits, seen, penalty, peak, inverse_t, start, vocab_size,
+    cut, num_equals, ranked, equals_before, least, HAS_PENALTY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One block's e with all but the kept tokens zeroed, and its ids and number of tokens that equal the cut."""
+    ids, exps, bits = _load_exps(logits, seen, penalty, peak, inverse_t, start, vocab_size, HAS_PENALTY, BLOCK)
+    equal = tl.where((bits == cut) & (ids < vocab_size), 1.0, 0.0)
+    kept = bits >= cut
+    if ranked:
+        rank = equals_before + tl.cumsum(equal, axis=1) - equal
+        kept = kept & ((bits > cut) | (rank < num_equals))
+    return ids, tl.where(kept & (exps >= least), exps, 0.0), tl.sum(equal)
+
+
+@triton.jit
+def sampling_kernel(
+    logits,
+    seen,
+    keys,
+    steps,
+    temperatures,
+    top_ks,
+    top_ps,
+    min_ps,
+    penalties,
+    token_ids,
+    logprobs,
+    vocab_size,
+    logits_stride,
+    seen_stride,
+    HAS_PENALTY: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * logits_stride
+    penalty = 1.0
+    if HAS_PENALTY:
+        seen += row * seen_stride
+        penalty = tl.load(penalties + row)
+
+    # Running maximum and sum of each lane, so that blocks meet only once, at the end.
+    lane_max = tl.full([1, BLOCK], -1e38, tl.float32)
+    lane_sum = tl.zeros([1, BLOCK], tl.float32)
+    lane_best = tl.full([1, BLOCK], float("-inf"), tl.float32)
+    lane_id = tl.full([1, BLOCK], 0, tl.int32)
+    for start in range(0, vocab_size, BLOCK):
+        ids, raw, value = _load_penalised(logits, seen, penalty, start, vocab_size, HAS_PENALTY, BLOCK)
+        larger = tl.maximum(lane_max, raw)
+        lane_sum = lane_sum * tl.exp(lane_max - larger) + tl.exp(raw - larger)
+        lane_max = larger
+        lane_id = tl.where(value > lane_best, ids, lane_id)
+        lane_best = tl.maximum(lane_best, value)
+    raw_max = tl.max(lane_max)
+    raw_sum = tl.sum(lane_sum * tl.exp(lane_max - raw_max))
+    peak = tl.max(lane_best)
+    chosen = tl.min(tl.where(lane_best == peak, lane_id, vocab_size - 1))
+
+    temperature = tl.load(temperatures + row)
+    if temperature > 0:
+        inverse_t = 1.0 / temperature
+        top_k = tl.load(top_ks + row)
+        top_p = tl.load(top_ps + row)
+        least = tl.load(min_ps + row)
+        cut = tl.full([], 0, tl.int32)
+        num_equals = tl.full([], 0.0, tl.float32)
+        equals = tl.full([], 0.0, tl.float32)
+        lane_total = tl.zeros([1, BLOCK], tl.float32)
+        for start in range(0, vocab_size, BLOCK):
+            _, exps, _ = _load_exps(logits, seen, penalty, peak, inverse_t, start, vocab_size, HAS_PENALTY, BLOCK)
+            lane_total += exps
+        total = tl.sum(lane_total)
+        if (top_k > 0) & (top_k < vocab_size):
+            cut, num_equals, equals, total = _search(
+                logits, seen, penalty, peak, inverse_t, vocab_size, top_k.to(tl.float32), True, HAS_PENALTY, BLOCK
+            )
+        if top_p < 1:
+            p_cut, p_num_equals, p_equals, _ = _search(
+                logits, seen, penalty, peak, inverse_t, vocab_size, top_p * total, False, HAS_PENALTY, BLOCK
+            )
+            if p_cut > cut:
+                cut = p_cut
+                num_equals = p_num_equals
+                equals = p_equals
+            elif p_cut == cut:
+                num_equals = tl.where(equals > 0, tl.minimum(num_equals, p_num_equals), p_num_equals)
+                equals = p_equals
+        ranked = num_equals < equals
+
+        block_ids = tl.arange(0, NUM_BLOCKS)
+        sums = tl.zeros([NUM_BLOCKS], tl.float32)
+        befores = tl.zeros([NUM_BLOCKS], tl.float32)
+        before = tl.full([], 0.0, tl.float32)
+        for start in range(0, vocab_size, BLOCK):
+            _, exps, count = _load_kept(
+                logits, seen, penalty, peak, inverse_t, start, vocab_size,
+                cut, num_equals, ranked, before, least, HAS_PENALTY, BLOCK,
+            )  # fmt: skip
+            sums = tl.where(block_ids == start // BLOCK, tl.sum(exps), sums)
+            befores = tl.where(block_ids == start // BLOCK, before, befores)
+            before += count
+        running = tl.cumsum(sums, axis=0)
+        bits = _mix64_scalar(
+            _mix64_scalar(tl.load(keys + row).to(tl.uint64, bitcast=True))
+            + (tl.load(steps + row) + 1).to(tl.uint64, bitcast=True) * 0x9E3779B97F4A7C15
+        )
+        target = (bits >> 11).to(tl.float64) * 1.1102230246251565e-16 * tl.max(running).to(tl.float64)
+        block = tl.sum((running.to(tl.float64) <= target).to(tl.int32))
+        base = tl.sum(tl.where(block_ids == block - 1, running, 0.0)).to(tl.float64)
+        before = tl.sum(tl.where(block_ids == block, befores, 0.0))
+        ids, exps, _ = _load_kept(
+            logits, seen, penalty, peak, inverse_t, block * BLOCK, vocab_size,
+            cut, num_equals, ranked, before, least, HAS_PENALTY, BLOCK,
+        )  # fmt: skip
+        passed = (base + tl.cumsum(exps, axis=1).to(tl.float64) > target) & (exps > 0)
+        first = tl.min(tl.where(passed, ids, vocab_size))
+        # Rounding may let the block's own running sum end short of the target: then its last kept token is drawn.
+        last = tl.max(tl.where(exps > 0, ids, 0))
+        chosen = tl.where(first < vocab_size, first, last)
+    tl.store(token_ids + row, chosen.to(tl.int64))
+    tl.store(logprobs + row, tl.load(logits + chosen).to(tl.float32) - raw_max - tl.log(raw_sum))
+
+
+def _config(vocab_size: int) -> dict[str, int]:
+    return {"block": min(2048, max(32, triton.next_power_of_2(vocab_size))), "num_warps": 16 if vocab_size > 1024 else 4}
+
+
+def _bucket(vocab_size: int) -> str:
+    return str(triton.next_power_of_2(vocab_size))
+
+
+def _sample_triton(logits, keys, steps, temperature, top_k, top_p, min_p, repetition_penalty, seen):
+    num_rows, vocab_size = logits.shape
+    if logits.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise bad_argument("sample", "logits", logits.dtype, "float32, float16 or bfloat16 with backend 'triton'")
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    has_penalty = seen is not None
+    if seen is not None:
+        seen = (seen if seen.stride(1) == 1 else seen.contiguous()).view(torch.uint8)
+    token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    logprobs = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
+    config = tuned_config("sample", _bucket(vocab_size), _config(vocab_size))
+    sampling_kernel[(num_rows,)](
+        logits, seen if has_penalty else logits, keys.to(torch.int64), steps.to(torch.int64), temperature.float(),
+        top_k.to(torch.int32), top_p.float(), min_p.float(), repetition_penalty.float() if has_penalty else temperature,
+        token_ids, logprobs, vocab_size, logits.stride(0), seen.stride(0) if has_penalty else 0,
+        HAS_PENALTY=has_penalty, BLOCK=config["block"],
+        NUM_BLOCKS=triton.next_power_of_2(triton.cdiv(vocab_size, config["block"])), num_warps=config["num_warps"],
+    )  # fmt: skip
+    return token_ids, logprobs
+
+
+@functools.cache
+def _cpp_function():
+    function = cpu.load("sampling").sample_rows
+    pointer, long = ctypes.c_void_p, ctypes.c_int64
+    function.argtypes = [pointer, long, long, long, *[pointer] * 8, long, pointer, pointer, ctypes.c_int, ctypes.c_int]
+    function.restype = None
+    return function
+
+
+def _sample_cpp(logits, keys, steps, temperature, top_k, top_p, min_p, repetition_penalty, seen):
+    num_rows, vocab_size = logits.shape
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    if seen is not None and seen.stride(1) != 1:
+        seen = seen.contiguous()
+    # Held by name, so that a converted copy lives until the call returns.
+    integers = [t.to(torch.int64).contiguous() for t in (keys, steps)]
+    settings = [temperature.float().contiguous(), top_k.to(torch.int32).contiguous()]
+    settings += [t.float().contiguous() for t in (top_p, min_p)]
+    penalty = None if repetition_penalty is None else repetition_penalty.float().contiguous()
+    token_ids = torch.empty(num_rows, dtype=torch.int64)
+    logprobs = torch.empty(num_rows, dtype=torch.float32)
+    _cpp_function()(
+        logits.data_ptr(), logits.stride(0), num_rows, vocab_size, *(t.data_ptr() for t in (*integers, *settings)),
+        None if penalty is None else penalty.data_ptr(), None if seen is None else seen.data_ptr(),
+        0 if seen is None else seen.stride(0), token_ids.data_ptr(), logprobs.data_ptr(),
+        cpu.DTYPE_CODES[logits.dtype], cpu.num_threads(),
+    )  # fmt: skip
+    return token_ids, logprobs
+
+
 def sample(
     logits: torch.Tensor,
     *,
@@ -219,7 +477,9 @@ def sample(
         raise bad_argument(
             "sample", "seen", f"{seen.dtype} of shape {tuple(seen.shape)}", f"bool {tuple(logits.shape)}"
         )
-    choose_backend("sample", logits, backend, ("torch",))
+    cpu_default = cpu.default_backend("sampling") if logits.dtype in cpu.DTYPE_CODES else "torch"
+    name = choose_backend("sample", logits, backend, ("torch", "triton", "cpp"), cpu_default)
     if logits.shape[0] == 0:
-        return keys.clone(), temperature.clone()
-    return _sample_torch(logits, keys, steps, temperature, top_k, top_p, min_p, repetition_penalty, seen)
+        return keys.to(torch.int64), temperature.float()
+    run = {"torch": _sample_torch, "triton": _sample_triton, "cpp": _sample_cpp}[name]
+    return run(logits, keys, steps, temperature, top_k, top_p, min_p, repetition_penalty, seen)
