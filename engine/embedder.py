@@ -46,7 +46,7 @@ class _Block:
 
 
 class Embedder:
-    """Texts -> unit vectors f32[N, dim]. ``fingerprint`` names weights, tokenizer and settings: equal means same vectors."""
+    """Texts -> unit vectors f32[N, dim]. Equal ``fingerprint``, equal vectors: it names weights, tokenizer and settings."""
 
     def __init__(
         self, folder: str | Path, *, dtype: torch.dtype, device: torch.device | str, backend: str | None
@@ -93,7 +93,7 @@ class Embedder:
             return tensors[prefix + name].to(device=self.device, dtype=self.dtype)
 
         def linear(*names: str) -> Linear:
-            weight = torch.cat([take(n + ".weight") for n in names]) if len(names) > 1 else take(names[0] + ".weight")
+            weight = torch.cat([take(n + ".weight") for n in names])
             bias = torch.cat([take(n + ".bias") for n in names])
             return Linear(weight, bias)
 
@@ -103,7 +103,7 @@ class Embedder:
         self._words = take("embeddings.word_embeddings.weight")
         # Every token is of type 0, so that row is part of the positions.
         types = take("embeddings.token_type_embeddings.weight")
-        self._positions = take("embeddings.position_embeddings.weight") + types[0]
+        self._positions = take("embeddings.position_embeddings.weight") + types[:1]
         self._norm = norm("embeddings.LayerNorm")
         self._blocks = []
         for i in range(config["num_hidden_layers"]):
@@ -147,7 +147,8 @@ class Embedder:
         x = self._layernorm(x, self._norm)
         head_dim = self.dim // self._num_heads
         for block in self._blocks:
-            q, k, v = block.qkv(x).view(-1, 3, self._num_heads, head_dim).unbind(1)
+            qkv = block.qkv(x).view(-1, 3, self._num_heads, head_dim)
+            q, k, v = qkv[:, 0], qkv[:, 1], qkv[:, 2]
             h = attention_prefill(
                 q,
                 k,
