@@ -14,12 +14,13 @@ import importlib.util
 import torch
 import torch.nn.functional as F
 
+from . import cpu_attention
 from .attention_prefill import bias_tile, check_attention, sdpa_sequence, shape_bucket
 from .dispatch import bad_argument, choose_backend
 from .tuning import tuned_config
 
 OP = "attention_paged"
-BACKENDS = ("triton", "torch", "sdpa", "flash")
+BACKENDS = ("triton", "torch", "sdpa", "flash", "cpp")
 CACHE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int8)
 
 
@@ -253,10 +254,16 @@ def attention_paged(
     too, query_starts i32 [B+1]. The first ``num_decodes`` sequences have exactly one query each. ``shared_prefix_len`` tokens
     at the start are common to all decodes (their page-table rows begin alike) and may be read once, which moves the bounds of
     the sums and so the last bits. k_scale, v_scale f32 [K].
-    Backends: "triton"; "torch" and "sdpa" (gathered pages, SDPA); "flash" (the flash-attn package, 16-bit pages).
+    Backends: "triton"; "cpp" (CPU, reads the pages in place); "torch" and "sdpa" (gathered pages, SDPA); "flash" (the flash-attn package, 16-bit pages).
     Raises ValueError for arguments that do not fit, before any launch.
     """
-    chosen = choose_backend(OP, q, backend, BACKENDS)
+    chosen = choose_backend(OP, q, backend, BACKENDS, cpu_attention.default_backend(q, k_cache, k_scale, v_scale))
+    if chosen == "cpp":
+        if k_scale is not None or v_scale is not None:
+            raise bad_argument(OP, "k_scale", "given", "None with backend 'cpp'")
+        return cpu_attention.attention_paged(
+            q, k_cache, v_cache, page_table, context_lens, query_starts, float(softmax_scale), alibi_slopes, window
+        )
     check_attention(OP, q, {"k_cache": k_cache, "v_cache": v_cache}, query_starts, softmax_scale, alibi_slopes, window)
     _check(
         q, k_cache, v_cache, page_table, context_lens, query_starts, max_query_len, max_context_len, num_decodes, k_scale,

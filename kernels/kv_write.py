@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 
+from . import cpu_attention
 from .dispatch import bad_argument, choose_backend, tl, triton
 
 OP = "kv_write"
@@ -218,7 +219,12 @@ def kv_write(
     With cos and sin f32 [M,D/2] and positions i64 [T], k is rotated first. Slots must differ from each other. No gradient.
     Raises ValueError for arguments that do not fit, before anything is written.
     """
-    chosen = choose_backend(OP, k, backend, ("triton", "torch"))
+    cpu_default = cpu_attention.default_backend(k, k_cache, k_scale, v_scale)
+    chosen = choose_backend(OP, k, backend, ("triton", "torch", "cpp"), cpu_default)
+    if chosen == "cpp":
+        if k_scale is not None or v_scale is not None:
+            raise bad_argument(OP, "k_scale", "given", "None with backend 'cpp'")
+        return cpu_attention.kv_write(k.detach(), v.detach(), k_cache, v_cache, slots, cos, sin, positions, clip)
     _check(k, v, k_cache, v_cache, slots, cos, sin, positions, clip, k_scale, v_scale)
     k, v = k.detach(), v.detach()
     if chosen == "triton":

@@ -1,0 +1,357 @@
+// Attention over a paged KV cache, and the scatter of new keys and values into it.
+//
+// One parallel region per call over (sequence, key/value head, block of queries). Keys are taken in tiles of 64 positions,
+// counted from position 0, with an online softmax in fp32. All that is summed for one query and head is summed in an order
+// that depends on its own position alone, so a row's result is the same bits whatever batch, chunk or page size it runs in.
+// dtype: 0 fp32, 1 bf16, 2 fp16, for queries, caches and output alike.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+
+#include "vectors.h"
+
+namespace {
+
+constexpr int TILE = 64;       // keys of one tile
+constexpr int VECS = TILE / 16;
+constexpr int ROWS = 6;        // query rows that a micro kernel keeps in registers
+constexpr int BLOCK_ROWS = 96; // query rows (queries x heads of the group) of one prefill item
+constexpr float NEVER = -std::numeric_limits<float>::infinity();
+
+struct Call {
+    const void *q, *k_cache, *v_cache;
+    void* out;
+    const int32_t *page_table, *context_lens, *query_starts;
+    const float* slopes;
+    int64_t q_stride, q_head_stride, page_stride, token_stride, head_stride, table_stride;
+    int64_t heads, kv_heads, dim, page_size, window;  // window 0: none
+    float scale;
+};
+
+struct Item {
+    int32_t sequence, kv_head, kv_head_end, query, query_end;
+};
+
+// Memory of one thread, kept between calls.
+struct Scratch {
+    float* data = nullptr;
+    size_t size = 0;
+    float* get(size_t floats) {
+        if (floats > size) {
+            std::free(data);
+            size = (floats + 4095) / 4096 * 4096;
+            data = static_cast<float*>(std::aligned_alloc(64, size * sizeof(float)));
+        }
+        return data;
+    }
+    ~Scratch() { std::free(data); }
+};
+thread_local Scratch scratch;
+
+inline int64_t padded(int64_t dim) { return (dim + 15) / 16 * 16; }
+
+template <class T>
+inline void load_row(const T* from, vec* to, int64_t dim) {
+    int64_t whole = dim / 16;
+    for (int64_t c = 0; c < whole; c++) to[c] = load16(from + 16 * c);
+    if (dim % 16) {
+        float rest[16] = {};
+        for (int64_t i = 16 * whole; i < dim; i++) rest[i - 16 * whole] = load(from + i);
+        to[whole] = load16(rest);
+    }
+}
+
+// The tile's keys as keys[d][position] and its values as values[position][d], zeros where the context has ended.
+template <class T>
+void load_tile(const Call& c, const int32_t* pages, int64_t kv_head, int64_t first, int count, float* keys, float* values) {
+    const int64_t dims = padded(c.dim), groups = dims / 16;
+    vec block[16];
+    const T* k_rows[16];
+    for (int start = 0; start < TILE; start += 16) {
+        if (start >= count) {
+            for (int64_t d = 0; d < dims; d++) store16(keys + d * TILE + start, splat(0.0f));
+            continue;
+        }
+        for (int i = 0; i < 16; i++) {
+            int64_t position = first + std::min(start + i, count - 1);  // repeats are masked
+            int64_t offset = pages[position / c.page_size] * c.page_stride + position % c.page_size * c.token_stride +
+                             kv_head * c.head_stride;
+            k_rows[i] = static_cast<const T*>(c.k_cache) + offset;
+            if (start + i < count) {
+                const T* v_row = static_cast<const T*>(c.v_cache) + offset;
+                vec row[64];
+                load_row(v_row, row, c.dim);
+                for (int64_t g = 0; g < groups; g++) store16(values + (start + i) * dims + 16 * g, row[g]);
+            }
+        }
+        for (int64_t g = 0; g < groups; g++) {
+            int64_t left = c.dim - 16 * g;
+            for (int i = 0; i < 16; i++) {
+                if (left >= 16) block[i] = load16(k_rows[i] + 16 * g);
+                else load_row(k_rows[i] + 16 * g, block + i, left);
+            }
+            transpose16(block);
+            for (int i = 0; i < 16; i++) store16(keys + (16 * g + i) * TILE + start, block[i]);
+        }
+    }
+}
+
+// scores[r][position] = q[r] . keys[:, position]
+template <int R>
+void score_rows(const float* q, const float* keys, float* scores, int64_t dims) {
+    vec sum[R][VECS];
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < VECS; v++) sum[r][v] = splat(0.0f);
+    for (int64_t d = 0; d < dims; d++) {
+        vec k[VECS];
+        for (int v = 0; v < VECS; v++) k[v] = load16(keys + d * TILE + 16 * v);
+        for (int r = 0; r < R; r++) {
+            vec x = splat(q[r * dims + d]);
+            for (int v = 0; v < VECS; v++) sum[r][v] += x * k[v];
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < VECS; v++) store16(scores + r * TILE + 16 * v, sum[r][v]);
+}
+
+// out[r] = out[r] * decay[r] + sum over positions of weights[r][position] * values[position], W vectors wide
+template <int R, int W>
+void mix_columns(const float* weights, const float* values, float* out, const float* decay, int count, int64_t dims) {
+    vec sum[R][W];
+    for (int r = 0; r < R; r++)
+        for (int w = 0; w < W; w++) sum[r][w] = load16(out + r * dims + 16 * w) * decay[r];
+    for (int j = 0; j < count; j++) {
+        vec v[W];
+        for (int w = 0; w < W; w++) v[w] = load16(values + j * dims + 16 * w);
+        for (int r = 0; r < R; r++) {
+            vec x = splat(weights[r * TILE + j]);
+            for (int w = 0; w < W; w++) sum[r][w] += x * v[w];
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int w = 0; w < W; w++) store16(out + r * dims + 16 * w, sum[r][w]);
+}
+
+template <int R>
+void mix_rows(const float* weights, const float* values, float* out, const float* decay, int count, int64_t dims) {
+    int64_t d = 0;
+    for (; d + 64 <= dims; d += 64) mix_columns<R, 4>(weights, values + d, out + d, decay, count, dims);
+    for (; d < dims; d += 16) mix_columns<R, 1>(weights, values + d, out + d, decay, count, dims);
+}
+
+template <template <int> class F, class... A>
+inline void by_rows(int rows, A... arguments) {
+    switch (rows) {
+        case 1: F<1>::run(arguments...); break;
+        case 2: F<2>::run(arguments...); break;
+        case 3: F<3>::run(arguments...); break;
+        case 4: F<4>::run(arguments...); break;
+        case 5: F<5>::run(arguments...); break;
+        default: F<6>::run(arguments...); break;
+    }
+}
+template <int R>
+struct Score {
+    static void run(const float* q, const float* keys, float* scores, int64_t dims) { score_rows<R>(q, keys, scores, dims); }
+};
+template <int R>
+struct Mix {
+    static void run(const float* weights, const float* values, float* out, const float* decay, int count, int64_t dims) {
+        mix_rows<R>(weights, values, out, decay, count, dims);
+    }
+};
+
+// Scores of one row become softmax weights relative to the running maximum; returns by how much older sums shrink.
+inline float weigh(float* scores, int64_t first, int64_t low, int64_t high, float slope, int64_t position, float& peak, float& total) {
+    const ivec lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    vec s[VECS], best = splat(NEVER);
+    const bool masked = low > first || high < first + TILE;
+    for (int v = 0; v < VECS; v++) {
+        s[v] = load16(scores + 16 * v);
+        ivec at = lanes + int32_t(16 * v);
+        if (slope != 0.0f) s[v] -= slope * __builtin_convertvector(int32_t(position - first) - at, vec);
+        if (masked) s[v] = (at >= int32_t(low - first)) & (at < int32_t(high - first)) ? s[v] : splat(NEVER);
+        best = max16(best, s[v]);
+    }
+    float top = std::max(peak, max_lanes(best));
+    float decay = peak == NEVER ? 0.0f : std::exp(peak - top);
+    vec sum = splat(0.0f);
+    for (int v = 0; v < VECS; v++) {
+        vec p = exp16(s[v] - top);
+        sum += p;
+        store16(scores + 16 * v, p);
+    }
+    total = total * decay + sum_lanes(sum);
+    peak = top;
+    return decay;
+}
+
+template <class T>
+void run_item(const Call& c, const Item& item) {
+    const int64_t dims = padded(c.dim), group = c.heads / c.kv_heads;
+    const int32_t first_token = c.query_starts[item.sequence];
+    const int32_t context = c.context_lens[item.sequence];
+    const int32_t num_queries = c.query_starts[item.sequence + 1] - first_token;
+    const int32_t* pages = c.page_table + item.sequence * c.table_stride;
+    const int queries = item.query_end - item.query, rows = queries * int(group);
+    const int kv_heads = item.kv_head_end - item.kv_head;
+
+    float* memory = scratch.get(size_t(kv_heads) * rows * (2 * dims + 2) + 2 * TILE * dims + ROWS * (TILE + 1) + 256);
+    float* keys = memory;
+    float* values = keys + TILE * dims;
+    float* scores = values + TILE * dims;
+    float* decay = scores + ROWS * TILE;
+    float* q = decay + 16;
+    float* out = q + size_t(kv_heads) * rows * dims;
+    float* peak = out + size_t(kv_heads) * rows * dims;
+    float* total = peak + kv_heads * rows;
+
+    // Rows in order of queries, then heads: row = query * group + head.
+    for (int h = 0; h < kv_heads; h++)
+        for (int row = 0; row < rows; row++) {
+            const int64_t token = first_token + item.query + row / group, head = (item.kv_head + h) * group + row % group;
+            const T* from = static_cast<const T*>(c.q) + token * c.q_stride + head * c.q_head_stride;
+            float* to = q + (h * rows + row) * dims;
+            for (int64_t d = 0; d < dims; d++) to[d] = d < c.dim ? load(from + d) * c.scale : 0.0f;
+        }
+    std::fill(out, out + size_t(kv_heads) * rows * dims, 0.0f);
+    std::fill(peak, peak + kv_heads * rows, NEVER);
+    std::fill(total, total + kv_heads * rows, 0.0f);
+
+    const int64_t position_0 = context - num_queries + item.query;  // of the item's first query
+    const int64_t end = position_0 + queries;
+    const int64_t low_0 = c.window ? std::max<int64_t>(0, position_0 - c.window + 1) : 0;
+    for (int64_t first = low_0 / TILE * TILE; first < end; first += TILE) {
+        const int count = int(std::min<int64_t>(TILE, end - first));
+        for (int h = 0; h < kv_heads; h++) {
+            load_tile<T>(c, pages, item.kv_head + h, first, count, keys, values);
+            // Queries before this tile see nothing of it.
+            int row = int(std::max<int64_t>(0, first - position_0) * group);
+            for (; row < rows; row += ROWS) {
+                const int n = std::min(ROWS, rows - row), at = h * rows + row;
+                by_rows<Score>(n, (const float*)(q + at * dims), (const float*)keys, scores, dims);
+                for (int r = 0; r < n; r++) {
+                    const int64_t position = position_0 + (row + r) / group;
+                    const int64_t low = c.window ? std::max<int64_t>(first, position - c.window + 1) : first;
+                    const int64_t high = std::min<int64_t>(position + 1, first + count);
+                    if (low >= high) {  // nothing visible
+                        std::fill(scores + r * TILE, scores + (r + 1) * TILE, 0.0f);
+                        decay[r] = 1.0f;
+                        continue;
+                    }
+                    const float slope = c.slopes ? c.slopes[(item.kv_head + h) * group + (row + r) % group] : 0.0f;
+                    decay[r] = weigh(scores + r * TILE, first, low, high, slope, position, peak[at + r], total[at + r]);
+                }
+                by_rows<Mix>(n, (const float*)scores, (const float*)values, out + at * dims, (const float*)decay, count, dims);
+            }
+        }
+    }
+    for (int h = 0; h < kv_heads; h++)
+        for (int row = 0; row < rows; row++) {
+            const int64_t token = first_token + item.query + row / group, head = (item.kv_head + h) * group + row % group;
+            T* to = static_cast<T*>(c.out) + (token * c.heads + head) * c.dim;
+            const float* from = out + (h * rows + row) * dims;
+            const float inverse = 1.0f / total[h * rows + row];
+            for (int64_t d = 0; d < c.dim; d++) store(to + d, from[d] * inverse);
+        }
+}
+
+template <class T>
+void write_rows(const T* k, const T* v, T* k_cache, T* v_cache, const int64_t* slots, const float* cos, const float* sin,
+                const int64_t* positions, int64_t tokens, int64_t kv_heads, int64_t dim, int64_t k_stride, int64_t k_head_stride,
+                int64_t v_stride, int64_t v_head_stride, int64_t page_size, int64_t page_stride, int64_t token_stride,
+                int64_t head_stride, float clip, int threads) {
+    const int64_t half = dim / 2;
+#pragma omp parallel for num_threads(threads) schedule(static) if (tokens * kv_heads * dim > 32768)
+    for (int64_t t = 0; t < tokens; t++) {
+        if (slots[t] < 0) continue;
+        const int64_t at = slots[t] / page_size * page_stride + slots[t] % page_size * token_stride;
+        for (int64_t h = 0; h < kv_heads; h++) {
+            const T* from = k + t * k_stride + h * k_head_stride;
+            T* to = k_cache + at + h * head_stride;
+            auto limit = [clip](float x) { return clip > 0.0f ? std::min(std::max(x, -clip), clip) : x; };
+            if (cos) {
+                const float *c = cos + positions[t] * half, *s = sin + positions[t] * half;
+#pragma omp simd
+                for (int64_t i = 0; i < half; i++) {
+                    float a = limit(load(from + i)), b = limit(load(from + half + i));
+                    store(to + i, a * c[i] - b * s[i]);
+                    store(to + half + i, b * c[i] + a * s[i]);
+                }
+            } else {
+#pragma omp simd
+                for (int64_t i = 0; i < dim; i++) store(to + i, limit(load(from + i)));
+            }
+            from = v + t * v_stride + h * v_head_stride;
+            to = v_cache + at + h * head_stride;
+#pragma omp simd
+            for (int64_t i = 0; i < dim; i++) store(to + i, limit(load(from + i)));
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Strides are in elements. Returns -1, or the first sequence whose lengths make no sense (nothing is computed then).
+int64_t attention_paged(const void* q, const void* k_cache, const void* v_cache, void* out, const int32_t* page_table,
+                     const int32_t* context_lens, const int32_t* query_starts, const float* slopes, int64_t q_stride,
+                     int64_t q_head_stride, int64_t page_stride, int64_t token_stride, int64_t head_stride, int64_t table_stride,
+                     int64_t table_pages, int64_t tokens, int64_t sequences, int64_t heads, int64_t kv_heads, int64_t dim, int64_t page_size, int64_t window, float scale,
+                     int dtype, int threads) {
+    const Call call{q,        k_cache,       v_cache,     out,          page_table,  context_lens, query_starts, slopes,
+                    q_stride, q_head_stride, page_stride, token_stride, head_stride, table_stride, heads,        kv_heads,
+                    dim,      page_size,     window,      scale};
+    const int64_t group = heads / kv_heads, block = std::max<int64_t>(1, BLOCK_ROWS / group);
+    // A decode takes all heads in one item, so that its pages are read in order, unless too few sequences share the work.
+    const bool whole = sequences >= 4 * threads;
+    int64_t count = 0;
+    for (int64_t b = 0; b < sequences; b++) {
+        const int64_t queries = query_starts[b + 1] - query_starts[b];
+        const bool sane = query_starts[b] >= 0 && queries >= 0 && query_starts[b + 1] <= tokens && queries <= context_lens[b] &&
+                          context_lens[b] <= table_pages * page_size;
+        if (!sane) return b;
+        count += queries == 1 && whole ? 1 : (queries + block - 1) / block * kv_heads;
+    }
+    Item* items = static_cast<Item*>(std::malloc(sizeof(Item) * std::max<int64_t>(count, 1)));
+    int64_t filled = 0;
+    for (int64_t b = 0; b < sequences; b++) {
+        const int32_t queries = query_starts[b + 1] - query_starts[b];
+        if (queries == 1 && whole) {
+            items[filled++] = {int32_t(b), 0, int32_t(kv_heads), 0, 1};
+            continue;
+        }
+        for (int32_t start = 0; start < queries; start += int32_t(block))
+            for (int32_t h = 0; h < kv_heads; h++)
+                items[filled++] = {int32_t(b), h, h + 1, start, std::min<int32_t>(start + int32_t(block), queries)};
+    }
+    std::atomic<int64_t> next{0};
+#pragma omp parallel num_threads(threads) if (count > 1)
+    for (int64_t i; (i = count - 1 - next.fetch_add(1)) >= 0;) {  // the longest, at the end of a chunk, come first
+        if (dtype == 0) run_item<float>(call, items[i]);
+        else if (dtype == 1) run_item<bf16>(call, items[i]);
+        else run_item<fp16>(call, items[i]);
+    }
+    std::free(items);
+    return -1;
+}
+
+void kv_write(const void* k, const void* v, void* k_cache, void* v_cache, const int64_t* slots, const float* cos, const float* sin,
+              const int64_t* positions, int64_t tokens, int64_t kv_heads, int64_t dim, int64_t k_stride, int64_t k_head_stride,
+              int64_t v_stride, int64_t v_head_stride, int64_t page_size, int64_t page_stride, int64_t token_stride,
+              int64_t head_stride, float clip, int dtype, int threads) {
+    auto run = [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        write_rows(static_cast<const T*>(k), static_cast<const T*>(v), static_cast<T*>(k_cache), static_cast<T*>(v_cache), slots, cos,
+                   sin, positions, tokens, kv_heads, dim, k_stride, k_head_stride, v_stride, v_head_stride, page_size, page_stride,
+                   token_stride, head_stride, clip, threads);
+    };
+    if (dtype == 0) run(static_cast<float*>(nullptr));
+    else if (dtype == 1) run(static_cast<bf16*>(nullptr));
+    else run(static_cast<fp16*>(nullptr));
+}
+}
