@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .checks import bad_argument
+from .dispatch import bad_argument
 
 INT8_LIMIT = 127.0
 FP8_LIMIT = 448.0

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from .checks import bad_argument
-from .dispatch import choose_backend
+from .dispatch import bad_argument, choose_backend, tl, triton
+from .tuning import tuned_config
 
 OP = "linear_cross_entropy"
 CPU_CHUNK_ROWS = 256  # the GEMMs reach their rate
@@ -73,45 +73,136 @@ def _chunk_torch(logits, targets, logit_scale, z_loss, buffer, want_grad):
     return losses
 
 
+@triton.jit
+def _loss_kernel(
+    logits_ptr,
+    targets_ptr,
+    weights_ptr,
+    losses_ptr,
+    V,
+    stride,
+    logit_scale,
+    z_loss,
+    HAS_WEIGHTS: tl.constexpr,
+    WANT_GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One row a program: its loss, and in place of its logits their gradient."""
+    row = tl.program_id(0).to(tl.int64)
+    base = logits_ptr + row * stride
+    target = tl.load(targets_ptr + row)
+    valid = (target >= 0) & (target < V)
+    picked = tl.load(base + target, mask=valid, other=float("nan")).to(tl.float32) * logit_scale
+    largest = -float("inf")
+    total = 0.0
+    for first in tl.range(0, V, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        z = tl.load(base + column, mask=column < V, other=-float("inf")).to(tl.float32) * logit_scale
+        larger = tl.maximum(largest, tl.max(z, axis=0))
+        total = total * tl.exp(largest - larger) + tl.sum(tl.exp(z - larger), axis=0)
+        largest = larger
+    lse = largest + tl.log(total)
+    weight = 1.0
+    if HAS_WEIGHTS:
+        weight = tl.load(weights_ptr + row).to(tl.float32)
+    tl.store(losses_ptr + row, weight * (lse - picked + z_loss * lse * lse))
+    if WANT_GRADIENT:
+        factor = weight * logit_scale
+        slope = factor * (1.0 + 2.0 * z_loss * lse)
+        for first in tl.range(0, V, BLOCK):
+            column = first + tl.arange(0, BLOCK)
+            z = tl.load(base + column, mask=column < V, other=0.0).to(tl.float32) * logit_scale
+            gradient = tl.exp(z - lse) * slope - tl.where(column == target, factor, 0.0)
+            tl.store(base + column, gradient.to(logits_ptr.dtype.element_ty), mask=column < V)
+
+
+TRITON_DEFAULT = {"ROWS": 1024, "BLOCK": 4096, "warps": 8}
+
+
+def _chunk_triton(logits, targets, weights, logit_scale, z_loss, losses, want_gradient, config) -> None:
+    """As ``_chunk_torch``, but the gradient comes multiplied by w·logit_scale, and so do the losses by w."""
+    _loss_kernel[(logits.shape[0],)](
+        logits,
+        targets,
+        weights,
+        losses,
+        logits.shape[1],
+        logits.stride(0),
+        logit_scale,
+        z_loss,
+        HAS_WEIGHTS=weights is not None,
+        WANT_GRADIENT=want_gradient,
+        BLOCK=config["BLOCK"],
+        num_warps=config["warps"],
+    )
+
+
+def _run_torch(hidden, weight, targets, weights, logit_scale, z_loss, grad_hidden, grad_weight) -> torch.Tensor:
+    """Losses summed over all rows given; gradients written where a buffer is given."""
+    compute = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    total = torch.zeros((), dtype=compute, device=hidden.device)
+    num_rows = hidden.shape[0]
+    chunk = min(CPU_CHUNK_ROWS, max(num_rows, 1))
+    logits_buffer = torch.empty(chunk, weight.shape[0], dtype=hidden.dtype, device=hidden.device)
+    wide_buffer = torch.empty(min(chunk, CPU_BLOCK_ROWS), weight.shape[0], dtype=compute, device=hidden.device)
+    want_gradient = grad_hidden is not None or grad_weight is not None
+    for start in range(0, num_rows, chunk):
+        rows = slice(start, min(start + chunk, num_rows))
+        part = hidden[rows]
+        logits = torch.mm(part, weight.t(), out=logits_buffer[: part.shape[0]])
+        losses = _chunk_torch(logits, targets[rows], logit_scale, z_loss, wide_buffer, want_gradient)
+        factor: torch.Tensor | float = logit_scale
+        if weights is not None:
+            losses = losses * weights[rows]
+            factor = (weights[rows] * logit_scale)[:, None]
+        total += losses.sum()
+        if grad_hidden is not None:
+            torch.mm(logits, weight, out=grad_hidden[rows])
+            if weights is not None or logit_scale != 1.0:
+                grad_hidden[rows] *= factor
+        if grad_weight is not None:
+            grad_weight += torch.mm(logits.t(), (part * factor).to(part.dtype))
+    return total
+
+
+def _run_triton(hidden, weight, targets, weights, logit_scale, z_loss, grad_hidden, grad_weight) -> torch.Tensor:
+    num_rows = hidden.shape[0]
+    config = tuned_config(OP, f"vocabulary {triton.next_power_of_2(weight.shape[0])}", TRITON_DEFAULT)
+    # equal chunks: a short last one would leave the GEMMs half empty
+    num_chunks = max(1, triton.cdiv(num_rows, config["ROWS"]))
+    chunk = triton.cdiv(triton.cdiv(max(num_rows, 1), num_chunks), 128) * 128
+    losses = torch.empty(num_rows, dtype=torch.float32, device=hidden.device)
+    buffer = torch.empty(min(chunk, num_rows), weight.shape[0], dtype=hidden.dtype, device=hidden.device)
+    want_gradient = grad_hidden is not None or grad_weight is not None
+    for start in range(0, num_rows, chunk):
+        rows = slice(start, min(start + chunk, num_rows))
+        part = hidden[rows]
+        logits = torch.mm(part, weight.t(), out=buffer[: part.shape[0]])
+        row_weights = None if weights is None else weights[rows]
+        _chunk_triton(logits, targets[rows], row_weights, logit_scale, z_loss, losses[rows], want_gradient, config)
+        if grad_hidden is not None:
+            torch.mm(logits, weight, out=grad_hidden[rows])
+        if grad_weight is not None:
+            grad_weight += torch.mm(logits.t(), part)
+    return losses.sum()
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden, weight, targets, weights, logit_scale, z_loss, ignore_index, backend):  # type: ignore[override]
         want_hidden, want_weight = ctx.needs_input_grad[:2]
-        num_rows = hidden.shape[0]
         rows = (targets != ignore_index).nonzero().squeeze(1)
-        num_counted = rows.shape[0]
-        all_counted = num_counted == num_rows
-        picked_hidden = hidden if all_counted else hidden.index_select(0, rows)
-        picked_targets = targets if all_counted else targets.index_select(0, rows)
-        row_weights = None
-        if weights is not None:
-            row_weights = weights if all_counted else weights.index_select(0, rows)
+        all_counted = rows.shape[0] == hidden.shape[0]
         compute = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        total = torch.zeros((), dtype=compute, device=hidden.device)
-        grad_rows = torch.empty_like(picked_hidden) if want_hidden else None
+        if weights is not None:
+            weights = weights.to(compute)
+        picked = hidden.contiguous(), targets, weights
+        if not all_counted:
+            picked = tuple(None if t is None else t.index_select(0, rows) for t in (hidden, targets, weights))
+        grad_rows = torch.empty_like(picked[0]) if want_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=compute, device=weight.device) if want_weight else None
-        chunk = min(CPU_CHUNK_ROWS, max(num_counted, 1))
-        logits_buffer = torch.empty(chunk, weight.shape[0], dtype=hidden.dtype, device=hidden.device)
-        fp32_buffer = torch.empty(min(chunk, CPU_BLOCK_ROWS), weight.shape[0], dtype=compute, device=hidden.device)
-        for start in range(0, num_counted, chunk):
-            stop = min(start + chunk, num_counted)
-            part = picked_hidden[start:stop]
-            logits = torch.mm(part, weight.t(), out=logits_buffer[: stop - start])
-            losses = _chunk_torch(
-                logits, picked_targets[start:stop], logit_scale, z_loss, fp32_buffer, want_hidden or want_weight
-            )
-            scale = None
-            if row_weights is not None:
-                scale = row_weights[start:stop].to(compute)
-                losses = losses * scale
-            total += losses.sum()
-            factor = logit_scale if scale is None else scale[:, None] * logit_scale
-            if grad_rows is not None:
-                torch.mm(logits, weight, out=grad_rows[start:stop])
-                if scale is not None or logit_scale != 1.0:
-                    grad_rows[start:stop] *= factor
-            if grad_weight is not None:
-                grad_weight += torch.mm(logits.t(), (part * factor).to(part.dtype))
+        run = _run_triton if backend == "triton" else _run_torch
+        total = run(picked[0], weight, picked[1], picked[2], logit_scale, z_loss, grad_rows, grad_weight)
         grad_hidden = grad_rows
         if grad_rows is not None and not all_counted:
             grad_hidden = torch.zeros_like(hidden).index_copy_(0, rows, grad_rows)
@@ -167,4 +258,6 @@ def linear_cross_entropy(
     """
     _validate(hidden, weight, targets, weights, logit_scale, z_loss)
     name = choose_backend(OP, hidden, backend, ("torch", "triton"))
+    if name == "triton" and hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise bad_argument(OP, "hidden", hidden.dtype, "float32, bfloat16 or float16 with backend 'triton'")
     return _LinearCrossEntropy.apply(hidden, weight, targets, weights, logit_scale, z_loss, ignore_index, name)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import linear
 
-from .checks import bad_argument
-from .dispatch import choose_backend
+from .dispatch import bad_argument, choose_backend, tl, triton
+from .tuning import tuned_config
 
 OP = "lora_grouped_add_"
 
@@ -64,6 +64,228 @@ def _add_torch(y, x, a, b, scalings, adapter_index, query_starts) -> torch.Tenso
     return y
 
 
+@triton.jit
+def _adapter_of(token, adapter_ptr, starts_ptr, T, B, BLOCK_B: tl.constexpr):
+    """The adapter of each token: the sequence is the number of sequences that have ended before it."""
+    sequence = tl.zeros_like(token)
+    for first in range(0, B, BLOCK_B):
+        other = first + tl.arange(0, BLOCK_B)
+        end = tl.load(starts_ptr + 1 + other, mask=other < B, other=2147483647)
+        sequence += tl.sum((end[None, :] <= token[:, None]).to(tl.int32), axis=1)
+    return tl.load(adapter_ptr + sequence, mask=(token < T) & (sequence < B), other=-1)
+
+
+@triton.jit
+def _shrink_token_kernel(x_ptr, a_ptr, adapter_ptr, h_ptr, T, K, stride_x, R: tl.constexpr, BK: tl.constexpr):
+    """h [split, T, R] = x[t, split's channels] · A_nᵀ, one token and one share of the channels a program."""
+    token = tl.program_id(0).to(tl.int64)
+    adapter = tl.load(adapter_ptr + token).to(tl.int64)
+    if adapter >= 0:
+        channel = tl.program_id(1) * BK + tl.arange(0, BK)
+        rank = tl.arange(0, R)
+        x = tl.load(x_ptr + token * stride_x + channel, mask=channel < K, other=0.0).to(tl.float32)
+        at = (adapter * R + rank)[:, None] * K + channel[None, :]
+        a = tl.load(a_ptr + at, mask=(channel < K)[None, :], other=0.0).to(tl.float32)
+        h = tl.sum(a * x[None, :], axis=1)
+        tl.store(h_ptr + (tl.program_id(1) * T.to(tl.int64) + token) * R + rank, h)
+
+
+@triton.jit
+def _expand_token_kernel(
+    y_ptr,
+    h_ptr,
+    b_ptr,
+    scale_ptr,
+    adapter_ptr,
+    T,
+    N,
+    stride_y,
+    R: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLIT_BLOCK: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """y[t, columns] += scale · (Σ_split h) · B_nᵀ."""
+    token = tl.program_id(0).to(tl.int64)
+    adapter = tl.load(adapter_ptr + token).to(tl.int64)
+    if adapter >= 0:
+        column = tl.program_id(1) * BN + tl.arange(0, BN)
+        rank = tl.arange(0, R)
+        split = tl.arange(0, SPLIT_BLOCK)
+        at = (split[:, None] * T.to(tl.int64) + token) * R + rank[None, :]
+        b = tl.load(b_ptr + (adapter * N + column)[:, None] * R + rank[None, :], mask=(column < N)[:, None], other=0.0)
+        h = tl.sum(tl.load(h_ptr + at, mask=(split < SPLITS)[:, None], other=0.0), axis=0)
+        update = tl.sum(b.to(tl.float32) * h[None, :], axis=1) * tl.load(scale_ptr + adapter)
+        target = y_ptr + token * stride_y + column
+        y = tl.load(target, mask=column < N, other=0.0).to(tl.float32)
+        tl.store(target, (y + update).to(y_ptr.dtype.element_ty), mask=column < N)
+
+
+@triton.jit
+def _shrink_tile_kernel(
+    x_ptr,
+    a_ptr,
+    adapter_ptr,
+    starts_ptr,
+    h_ptr,
+    T,
+    K,
+    B,
+    stride_x,
+    R: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """h [T, R] = x · A_nᵀ for a tile of tokens, one pass for each adapter that occurs in the tile."""
+    token = tl.program_id(0) * BT + tl.arange(0, BT)
+    adapter = _adapter_of(token, adapter_ptr, starts_ptr, T, B, BLOCK_B)
+    rank = tl.arange(0, R)
+    row = token.to(tl.int64)[:, None]
+    acc = tl.zeros((BT, R), dtype=tl.float32)
+    current = tl.min(tl.where(adapter >= 0, adapter, 2147483647), axis=0)
+    while current < 2147483647:
+        mine = adapter == current
+        base = a_ptr + current.to(tl.int64) * R * K
+        for k in tl.range(0, K, BK):
+            channel = k + tl.arange(0, BK)
+            ok = channel < K
+            x = tl.load(x_ptr + row * stride_x + channel[None, :], mask=mine[:, None] & ok[None, :], other=0.0)
+            a = tl.load(base + rank[None, :] * K + channel[:, None], mask=ok[:, None], other=0.0)
+            acc = tl.dot(x, a, acc, input_precision=PRECISION)
+        current = tl.min(tl.where(adapter > current, adapter, 2147483647), axis=0)
+    tl.store(h_ptr + row * R + rank[None, :], acc, mask=(token < T)[:, None])
+
+
+@triton.jit
+def _expand_tile_kernel(
+    y_ptr,
+    h_ptr,
+    b_ptr,
+    scale_ptr,
+    adapter_ptr,
+    starts_ptr,
+    T,
+    N,
+    B,
+    stride_y,
+    R: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """y [T, columns] += scale · h · B_nᵀ for a tile of tokens; rows without an adapter are not written."""
+    token = tl.program_id(0) * BT + tl.arange(0, BT)
+    adapter = _adapter_of(token, adapter_ptr, starts_ptr, T, B, BLOCK_B)
+    column = tl.program_id(1) * BN + tl.arange(0, BN)
+    rank = tl.arange(0, R)
+    row = token.to(tl.int64)[:, None]
+    scale = tl.load(scale_ptr + adapter, mask=adapter >= 0, other=0.0)
+    h = tl.load(h_ptr + row * R + rank[None, :], mask=(adapter >= 0)[:, None], other=0.0) * scale[:, None]
+    h = h.to(b_ptr.dtype.element_ty)
+    acc = tl.zeros((BT, BN), dtype=tl.float32)
+    current = tl.min(tl.where(adapter >= 0, adapter, 2147483647), axis=0)
+    while current < 2147483647:
+        mine = tl.where((adapter == current)[:, None], h, 0.0).to(h.dtype)
+        base = b_ptr + current.to(tl.int64) * N * R
+        b = tl.load(base + column[None, :].to(tl.int64) * R + rank[:, None], mask=(column < N)[None, :], other=0.0)
+        acc = tl.dot(mine, b, acc, input_precision=PRECISION)
+        current = tl.min(tl.where(adapter > current, adapter, 2147483647), axis=0)
+    target = y_ptr + row * stride_y + column[None, :]
+    mask = (adapter >= 0)[:, None] & (column < N)[None, :]
+    y = tl.load(target, mask=mask, other=0.0).to(tl.float32)
+    tl.store(target, (y + acc).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+TOKEN_DEFAULT = {"BK": 512, "BN": 256, "shrink_warps": 4, "expand_warps": 4}
+TILE_DEFAULT = {"BT": 16, "BK": 128, "BN": 128, "warps": 4, "stages": 3}
+
+
+def _pad_rank(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ranks the matrix units cannot take are padded with zeros; a pool that stores them padded pays nothing here."""
+    rank = a.shape[1]
+    padded = max(16, triton.next_power_of_2(rank))
+    if padded != rank:
+        a = torch.nn.functional.pad(a, (0, 0, 0, padded - rank))
+        b = torch.nn.functional.pad(b, (0, padded - rank))
+    return a.contiguous(), b.contiguous()
+
+
+def _add_triton(y, x, a, b, scalings, adapter_index, query_starts, max_query_len) -> torch.Tensor:
+    a, b = _pad_rank(a, b)
+    num_tokens, num_in = x.shape
+    num_out, rank = b.shape[1], b.shape[2]
+    num_sequences = adapter_index.shape[0]
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    if max_query_len <= 1 and num_sequences == num_tokens:
+        config = tuned_config(OP, f"token {rank}", TOKEN_DEFAULT)
+        bk = max(16, config["BK"] * 16 // rank)
+        splits = triton.cdiv(num_in, bk)
+        h = torch.empty(splits, num_tokens, rank, dtype=torch.float32, device=x.device)
+        _shrink_token_kernel[(num_tokens, splits)](
+            x, a, adapter_index, h, num_tokens, num_in, x.stride(0), R=rank, BK=bk, num_warps=config["shrink_warps"]
+        )
+        bn = max(16, config["BN"] * 16 // rank)
+        _expand_token_kernel[(num_tokens, triton.cdiv(num_out, bn))](
+            y,
+            h,
+            b,
+            scalings,
+            adapter_index,
+            num_tokens,
+            num_out,
+            y.stride(0),
+            R=rank,
+            SPLITS=splits,
+            SPLIT_BLOCK=triton.next_power_of_2(splits),
+            BN=bn,
+            num_warps=config["expand_warps"],
+        )
+        return y
+    config = tuned_config(OP, f"tile {rank}", TILE_DEFAULT)
+    h = torch.empty(num_tokens, rank, dtype=torch.float32, device=x.device)
+    tiles = triton.cdiv(num_tokens, config["BT"])
+    common = {
+        "R": rank,
+        "BT": config["BT"],
+        "BLOCK_B": min(256, max(16, triton.next_power_of_2(num_sequences))),
+        "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
+        "num_warps": config["warps"],
+        "num_stages": config["stages"],
+    }
+    _shrink_tile_kernel[(tiles,)](
+        x,
+        a,
+        adapter_index,
+        query_starts,
+        h,
+        num_tokens,
+        num_in,
+        num_sequences,
+        x.stride(0),
+        BK=max(32, min(config["BK"], 8192 // rank)),
+        **common,
+    )
+    _expand_tile_kernel[(tiles, triton.cdiv(num_out, config["BN"]))](
+        y,
+        h,
+        b,
+        scalings,
+        adapter_index,
+        query_starts,
+        num_tokens,
+        num_out,
+        num_sequences,
+        y.stride(0),
+        BN=config["BN"],
+        **common,
+    )
+    return y
+
+
 def _validate(y, x, a, b, scalings, adapter_index, query_starts, max_query_len) -> None:
     if x.ndim != 2:
         raise bad_argument(OP, "x", tuple(x.shape), "[T, in]")
@@ -105,7 +327,13 @@ def lora_grouped_add_(
 ) -> torch.Tensor:
     """Adds each sequence's LoRA term to y in place and returns y; rows of index −1 stay untouched, bit for bit."""
     _validate(y, x, a, b, scalings, adapter_index, query_starts, max_query_len)
-    choose_backend(OP, x, backend, ("torch", "triton"))
-    if x.shape[0] == 0 or a.shape[1] == 0:
+    name = choose_backend(OP, x, backend, ("torch", "triton"))
+    if x.shape[0] == 0 or a.shape[1] == 0 or a.shape[0] == 0:
         return y
-    return _add_torch(y, x, a, b, scalings, adapter_index, query_starts)
+    if name == "torch":
+        return _add_torch(y, x, a, b, scalings, adapter_index, query_starts)
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise bad_argument(OP, "x", x.dtype, "float32, bfloat16 or float16 with backend 'triton'")
+    if adapter_index.device != x.device or query_starts.device != x.device:
+        raise bad_argument(OP, "adapter_index", f"on {adapter_index.device}", f"on {x.device}, as x and query_starts")
+    return _add_triton(y, x, a, b, scalings, adapter_index, query_starts, max_query_len)

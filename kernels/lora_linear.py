@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from .checks import bad_argument
-from .dispatch import choose_backend
+from .dispatch import bad_argument, choose_backend, triton
+from .lora_gemm import GEMM_DEFAULT, GRADIENT_DEFAULT, SHRINK_DEFAULT, fits, gemm_add, gradient, shrink
 from .lora_grouped import lora_grouped_add_ as lora_grouped_add_
 from .quantized_linear import QuantizedWeight, dequantize
+from .tuning import tuned_config
 
 OP = "lora_linear"
 
@@ -67,6 +68,48 @@ class _LoraLinearTorch(torch.autograd.Function):
         return dx, None, None, da, db, None
 
 
+def _padded(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """a [R, in] and b [out, R] in ``dtype`` with R padded to what the matrix unit takes."""
+    rank = max(16, triton.next_power_of_2(a.shape[0]))
+    if rank == a.shape[0]:
+        return a.to(dtype).contiguous(), b.to(dtype).contiguous()
+    padding = rank - a.shape[0]
+    return torch.nn.functional.pad(a.to(dtype), (0, 0, 0, padding)), torch.nn.functional.pad(b.to(dtype), (0, padding))
+
+
+class _LoraLinearTriton(torch.autograd.Function):
+    """The update is one more step of the frozen GEMM's own loop; only h and g, [T, R], pass through memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x, weight, bias, a, b, scaling: float) -> torch.Tensor:  # type: ignore[override]
+        a_, b_ = _padded(a, b, x.dtype)
+        dense = dequantize(weight, x.dtype, backend="triton")
+        h = shrink(x, a_, scaling, config=tuned_config(OP, "shrink", SHRINK_DEFAULT))
+        y = gemm_add(x, dense, h, b_, bias, rows_are_k=False, config=tuned_config(OP, "forward", GEMM_DEFAULT))
+        ctx.save_for_backward(x, h, a_, b_, weight if isinstance(weight, torch.Tensor) else None)
+        ctx.weight = None if isinstance(weight, torch.Tensor) else weight
+        ctx.scaling, ctx.rank, ctx.dtypes = scaling, a.shape[0], (a.dtype, b.dtype)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor):  # type: ignore[override]
+        x, h, a_, b_, weight = ctx.saved_tensors
+        need_x, _, _, need_a, need_b, _ = ctx.needs_input_grad
+        dx = da = db = None
+        if not fits(dy):
+            dy = dy.contiguous()
+        g = shrink(dy, b_.t(), ctx.scaling, config=tuned_config(OP, "shrink", SHRINK_DEFAULT))
+        config = tuned_config(OP, "gradient", GRADIENT_DEFAULT)
+        if need_x:
+            dense = weight if weight is not None else dequantize(ctx.weight, x.dtype, backend="triton")
+            dx = gemm_add(dy, dense, g, a_, None, rows_are_k=True, config=tuned_config(OP, "backward", GEMM_DEFAULT))
+        if need_a:
+            da = gradient(x, g, transposed=True, config=config)[: ctx.rank].to(ctx.dtypes[0])
+        if need_b:
+            db = gradient(dy, h, transposed=False, config=config)[:, : ctx.rank].to(ctx.dtypes[1])
+        return dx, None, None, da, db, None
+
+
 def _validate(x, weight, bias, a, b, scaling) -> None:
     if x.ndim != 2 or x.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise bad_argument(OP, "x", f"{x.dtype} {tuple(x.shape)}", "[T, in] in fp32, bf16 or fp16")
@@ -90,6 +133,14 @@ def _validate(x, weight, bias, a, b, scaling) -> None:
         raise bad_argument(OP, "scaling", type(scaling).__name__, "a number")
 
 
+def _fused(x: torch.Tensor, weight: torch.Tensor | QuantizedWeight, a: torch.Tensor) -> bool:
+    """Whether the fused kernels take these shapes; else the library's GEMMs do the same sums one by one."""
+    if x.shape[0] == 0 or a.shape[0] == 0 or a.shape[0] > 256:
+        return False
+    aligned = weight.shape[0] * x.element_size() % 16 == 0 and x.shape[1] * x.element_size() % 16 == 0
+    return aligned and fits(x) and (not isinstance(weight, torch.Tensor) or fits(weight))
+
+
 def lora_linear(
     x: torch.Tensor,
     weight: torch.Tensor | QuantizedWeight,
@@ -102,5 +153,7 @@ def lora_linear(
 ) -> torch.Tensor:
     """x [T, in] → [T, out]; differentiable in x, a and b. Any stride of x is taken."""
     _validate(x, weight, bias, a, b, scaling)
-    choose_backend(OP, x, backend, ("torch", "triton"))
+    name = choose_backend(OP, x, backend, ("torch", "triton"))
+    if name == "triton" and _fused(x, weight, a):
+        return _LoraLinearTriton.apply(x, weight, bias, a, b, float(scaling))
     return _LoraLinearTorch.apply(x, weight, bias, a, b, float(scaling))

@@ -7,8 +7,9 @@ nearest of the 256 values of the signed 8-bit dynamic-exponent map (Dettmers et 
 
     w ≈ codebook[code] · absmax         absmax = map[index] · scale + offset
 
-Shapes: w [out, in] with in a multiple of 64; codes u8 [out, in/2], the even element of a pair in the high four bits;
-absmax_index u8 [out, in/64]; absmax_scale f32 [⌈out·in/64/256⌉] over the flattened index; absmax_offset f32 [1].
+Shapes: w [out, in] with in a multiple of 64; codes u8 [in/64, out, 32], block after block so that a kernel reads a
+block of many channels in one piece, the even element of a pair in the high four bits; absmax_index u8 [in/64, out];
+absmax_scale f32 [⌈out·in/64/256⌉] over the blocks in the weight's own order (row by row), absmax_offset f32 [1].
 A weight costs 4 + 8/64 + 32/16384 = 4.127 bits.
 """
 
@@ -16,10 +17,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 
-from .checks import bad_argument
+from .dispatch import bad_argument, choose_backend, tl, triton
 
 BLOCK = 64
 SCALE_BLOCK = 256
@@ -44,7 +46,7 @@ class NF4Weight:
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size((self.codes.shape[0], 2 * self.codes.shape[1]))
+        return torch.Size((self.codes.shape[1], BLOCK * self.codes.shape[0]))
 
     @property
     def device(self) -> torch.device:
@@ -91,19 +93,21 @@ def quantize_nf4(w: torch.Tensor) -> NF4Weight:
     if num_out == 0 or num_in == 0 or num_in % BLOCK:
         raise bad_argument("quantize_nf4", "w", tuple(w.shape), f"[out, in], both above 0, in a multiple of {BLOCK}")
     table = _table(CODEBOOK, w.device)
-    codes = torch.empty(num_out, num_in // 2, dtype=torch.uint8, device=w.device)
-    absmax = torch.empty(num_out, num_in // BLOCK, dtype=torch.float32, device=w.device)
+    num_blocks = num_in // BLOCK
+    codes = torch.empty(num_blocks, num_out, BLOCK // 2, dtype=torch.uint8, device=w.device)
+    absmax = torch.empty(num_out, num_blocks, dtype=torch.float32, device=w.device)
     step = max(1, (1 << 24) // num_in)
     for start in range(0, num_out, step):
-        blocks = w[start : start + step].float().reshape(-1, BLOCK)
-        largest = blocks.abs().amax(dim=1)
-        absmax[start : start + step] = largest.view(-1, num_in // BLOCK)
-        unit = blocks / torch.where(largest > 0, largest, torch.ones_like(largest))[:, None]
-        code = _nearest(unit, table).to(torch.uint8).view(-1, num_in // 2, 2)
-        codes[start : start + step] = (code[..., 0] << 4) | code[..., 1]
+        blocks = w[start : start + step].float().view(-1, num_blocks, BLOCK)
+        largest = blocks.abs().amax(dim=2)
+        absmax[start : start + step] = largest
+        unit = blocks / torch.where(largest > 0, largest, torch.ones_like(largest))[..., None]
+        code = _nearest(unit, table).to(torch.uint8).view(-1, num_blocks, BLOCK // 2, 2)
+        codes[:, start : start + step] = ((code[..., 0] << 4) | code[..., 1]).transpose(0, 1)
     if not bool(torch.isfinite(absmax).all()):
         raise bad_argument("quantize_nf4", "w", "values that are infinite or NaN", "finite values")
-    return NF4Weight(codes, *_quantize_absmax(absmax))
+    index, scale, offset = _quantize_absmax(absmax)
+    return NF4Weight(codes, index.t().contiguous(), scale, offset)
 
 
 def _quantize_absmax(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -119,21 +123,110 @@ def _quantize_absmax(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, 
 
 def absmax_of(weight: NF4Weight) -> torch.Tensor:
     """The block scales back in fp32: [out, in/64]."""
-    flat = weight.absmax_index.flatten()
-    scale = weight.absmax_scale.repeat_interleave(SCALE_BLOCK)[: flat.numel()]
-    absmax = _table(dynamic_map(), weight.device)[flat.long()] * scale + weight.absmax_offset
-    return absmax.view(weight.absmax_index.shape)
+    index = weight.absmax_index.t()
+    scale = weight.absmax_scale.repeat_interleave(SCALE_BLOCK)[: index.numel()].view(index.shape)
+    return _table(dynamic_map(), weight.device)[index.long()] * scale + weight.absmax_offset
 
 
 def dequantize_nf4_reference(weight: NF4Weight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """codebook · absmax in fp32, rounded once to ``dtype``: [out, in]."""
     pairs = torch.stack((weight.codes >> 4, weight.codes & 15), dim=-1)
-    values = _table(CODEBOOK, weight.device)[pairs.flatten().long()].view(-1, BLOCK)
-    return (values * absmax_of(weight).view(-1, 1)).view(weight.shape).to(dtype)
+    values = _table(CODEBOOK, weight.device)[pairs.long()].flatten(2).transpose(0, 1)
+    return (values * absmax_of(weight)[..., None]).reshape(weight.shape).to(dtype)
+
+
+@triton.jit
+def _dequantize_kernel(
+    codes_ptr,
+    index_ptr,
+    scale_ptr,
+    offset_ptr,
+    map_ptr,
+    codebook_ptr,
+    w_ptr,
+    num_out,
+    num_blocks,
+    BN: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    channel = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    inside = channel < num_out
+    pair = tl.arange(0, 32)
+    offset = tl.load(offset_ptr)
+    for step in tl.static_range(BLOCKS):
+        block = tl.program_id(1).to(tl.int64) * BLOCKS + step
+        mask = inside & (tl.zeros_like(channel) + block < num_blocks)
+        at = block * num_out + channel
+        code = tl.load(codes_ptr + at[:, None] * 32 + pair[None, :], mask=mask[:, None], other=0)
+        index = tl.load(index_ptr + at, mask=mask, other=0).to(tl.int32)
+        scale = tl.load(scale_ptr + (channel * num_blocks + block) // 256, mask=mask, other=0.0)
+        absmax = (tl.load(map_ptr + index) * scale + offset)[:, None]
+        even = tl.load(codebook_ptr + (code >> 4).to(tl.int32)) * absmax
+        odd = tl.load(codebook_ptr + (code & 15).to(tl.int32)) * absmax
+        values = tl.reshape(tl.join(even, odd), (BN, 64)).to(w_ptr.dtype.element_ty)
+        column = tl.arange(0, 64)
+        tl.store(w_ptr + (channel * num_blocks + block)[:, None] * 64 + column[None, :], values, mask=mask[:, None])
+
+
+@lru_cache(maxsize=16)
+def tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The codebook and the dynamic map as f32 tensors on ``device``."""
+    return _table(CODEBOOK, device), _table(dynamic_map(), device)
+
+
+DEQUANTIZE_DEFAULT = {"BN": 32, "BLOCKS": 2, "warps": 4}
+
+
+def _dequantize_triton(weight: NF4Weight, dtype: torch.dtype, config: Any) -> torch.Tensor:
+    num_out, num_in = weight.shape
+    num_blocks = num_in // BLOCK
+    codebook, absmax_map = tables(weight.device)
+    w = torch.empty(num_out, num_in, dtype=dtype, device=weight.device)
+    grid = (triton.cdiv(num_out, config["BN"]), triton.cdiv(num_blocks, config["BLOCKS"]))
+    _dequantize_kernel[grid](
+        weight.codes,
+        weight.absmax_index,
+        weight.absmax_scale,
+        weight.absmax_offset,
+        absmax_map,
+        codebook,
+        w,
+        num_out,
+        num_blocks,
+        BN=config["BN"],
+        BLOCKS=config["BLOCKS"],
+        num_warps=config["warps"],
+    )
+    return w
+
+
+def check_nf4(op: str, weight: NF4Weight) -> None:
+    """Raises ValueError unless the parts of ``weight`` fit each other; every kernel that reads one asks first."""
+    codes, index = weight.codes, weight.absmax_index
+    if codes.ndim != 3 or codes.shape[2] != BLOCK // 2 or codes.dtype != torch.uint8 or not codes.is_contiguous():
+        raise bad_argument(op, "codes", f"{codes.dtype} {tuple(codes.shape)}", "contiguous uint8 [in/64, out, 32]")
+    if index.shape != codes.shape[:2] or index.dtype != torch.uint8 or not index.is_contiguous():
+        allowed = f"contiguous uint8 {tuple(codes.shape[:2])}"
+        raise bad_argument(op, "absmax_index", f"{index.dtype} {tuple(index.shape)}", allowed)
+    num_scales = -(-index.numel() // SCALE_BLOCK)
+    for name, part, length in (
+        ("absmax_scale", weight.absmax_scale, num_scales),
+        ("absmax_offset", weight.absmax_offset, 1),
+    ):
+        if part.shape != (length,) or part.dtype != torch.float32:
+            raise bad_argument(op, name, f"{part.dtype} {tuple(part.shape)}", f"float32 [{length}]")
+    for name, part in (("absmax_index", index), ("absmax_scale", weight.absmax_scale)):
+        if part.device != codes.device:
+            raise bad_argument(op, name, f"on {part.device}", f"on {codes.device}, as codes are")
 
 
 def dequantize_nf4(
     weight: NF4Weight, dtype: torch.dtype = torch.float32, *, backend: str | None = None
 ) -> torch.Tensor:
     """NF4 → dense [out, in] in ``dtype``; bit-equal on all backends."""
-    return dequantize_nf4_reference(weight, dtype)
+    check_nf4("dequantize_nf4", weight)
+    if choose_backend("dequantize_nf4", weight.codes, backend, ("torch", "triton")) == "torch":
+        return dequantize_nf4_reference(weight, dtype)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise bad_argument("dequantize_nf4", "dtype", dtype, "float32, bfloat16 or float16 with backend 'triton'")
+    return _dequantize_triton(weight, dtype, DEQUANTIZE_DEFAULT)

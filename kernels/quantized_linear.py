@@ -1,22 +1,32 @@
-"""y = x Wᵀ + bias with W in NF4, int8 or fp8.
+"""y = x Wᵀ + bias with W in NF4, int8 or fp8 (e4m3).
 
-Few rows: one kernel reads the packed weight and dequantises in registers, so that a weight crosses the memory bus as
-0.5 or 1 byte. Many rows: the weight is dequantised once and the dense GEMM does the rest.
+Few rows (up to a measured count): one kernel reads the packed weight and dequantises it in registers on the way to
+the matrix unit, so that a weight crosses the memory bus as 0.5 or 1 byte. Many rows: the weight is dequantised once
+and the dense GEMM of the library does the rest; the weight's traffic is then small beside the arithmetic.
+
+The few-rows kernel computes yᵀ: channels fill the matrix unit's tall side, tokens its narrow one. NF4 scales apply to
+the fp32 sums of each block of 64, channel scales to the whole sum. The blocks of a row are shared out over several
+programs; the last one to finish adds their sums in a fixed order, so results are repeatable.
 Shapes: x [T, in], W [out, in], bias [out], y [T, out].
 """
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, TypeAlias
 
 import torch
 from torch.nn.functional import linear
 
 from .channelwise import ChannelWeight, dequantize_channelwise
-from .checks import bad_argument
-from .nf4 import NF4Weight, dequantize_nf4
+from .dispatch import bad_argument, choose_backend, tl, triton
+from .nf4 import BLOCK, CODEBOOK, NF4Weight, check_nf4, dequantize_nf4, tables
+from .tuning import tuned_config
 
+OP = "quantized_linear"
 QuantizedWeight: TypeAlias = NF4Weight | ChannelWeight
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def dequantize(
@@ -37,10 +47,307 @@ def quantized_linear_reference(
     return linear(x, dequantize(weight, x.dtype, backend="torch"), bias)
 
 
+@triton.jit
+def _finish(
+    acc, token, channel, T, N, bias_ptr, y_ptr, parts_ptr, counter_ptr, HAS_BIAS: tl.constexpr, SPLITS: tl.constexpr
+):
+    """Adds up the programs that share these channels, the last one writing y. acc is [channels, tokens]."""
+    mask = (channel < N)[:, None] & (token < T)[None, :]
+    at = token.to(tl.int64)[None, :] * N + channel[:, None]
+    last = True
+    if SPLITS > 1:
+        size = T.to(tl.int64) * N
+        tl.store(parts_ptr + tl.program_id(1).to(tl.int64) * size + at, acc, mask=mask)
+        tl.debug_barrier()
+        counter = counter_ptr + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+        last = tl.atomic_add(counter, 1, sem="acq_rel") == SPLITS - 1
+        if last:
+            acc = tl.zeros_like(acc)
+            for split in range(SPLITS):
+                acc += tl.load(parts_ptr + split * size + at, mask=mask, other=0.0, cache_modifier=".cg")
+            tl.store(counter, 0)
+    if last:
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + channel, mask=channel < N, other=0.0).to(tl.float32)[:, None]
+        tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _nf4_kernel(
+    x_ptr,
+    codes_ptr,
+    index_ptr,
+    scale_ptr,
+    offset_ptr,
+    map_ptr,
+    codebook_ptr,
+    bias_ptr,
+    y_ptr,
+    parts_ptr,
+    counter_ptr,
+    T,
+    N,
+    num_blocks,
+    stride_x,
+    blocks_per_split,
+    HAS_BIAS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BN: tl.constexpr,
+    BT: tl.constexpr,
+    LOOKUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    channel = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    token = tl.program_id(2) * BT + tl.arange(0, BT)
+    pair = tl.arange(0, 32)
+    within = tl.arange(0, 64)
+    inside = channel < N
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    offset = tl.load(offset_ptr)
+    x_row = x_ptr + token.to(tl.int64)[:, None] * stride_x + within[None, :]
+    acc = tl.zeros((BN, BT), dtype=tl.float32)
+    first = tl.program_id(1) * blocks_per_split
+    for block in tl.range(first, min(first + blocks_per_split, num_blocks)):
+        at = block * N + channel
+        code = tl.load(codes_ptr + at[:, None] * 32 + pair[None, :], mask=inside[:, None], other=0)
+        index = tl.load(index_ptr + at, mask=inside, other=0).to(tl.int32)
+        scale = tl.load(scale_ptr + (channel * num_blocks + block) // 256, mask=inside, other=0.0)
+        absmax = tl.load(map_ptr + index) * scale + offset
+        x = tl.load(x_row + block * 64, mask=(token < T)[:, None], other=0.0)
+        x_even, x_odd = tl.split(tl.reshape(x, (BT, 32, 2)))
+        if LOOKUP == "":
+            even = tl.load(codebook_ptr + (code >> 4).to(tl.int32)).to(dtype)
+            odd = tl.load(codebook_ptr + (code & 15).to(tl.int32)).to(dtype)
+        elif dtype == tl.bfloat16:
+            odd, even = tl.inline_asm_elementwise(
+                LOOKUP, "=r,=r,=r,=r,r", [code], (tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+            )
+        else:
+            odd, even = tl.inline_asm_elementwise(
+                LOOKUP, "=r,=r,=r,=r,r", [code], (tl.float16, tl.float16), is_pure=True, pack=4
+            )
+        part = tl.dot(even, x_even.T, input_precision=PRECISION)
+        part = tl.dot(odd, x_odd.T, part, input_precision=PRECISION)
+        acc += part * absmax[:, None]
+    _finish(acc, token, channel, T, N, bias_ptr, y_ptr, parts_ptr, counter_ptr, HAS_BIAS, SPLITS)
+
+
+@triton.jit
+def _channel_kernel(
+    x_ptr,
+    w_ptr,
+    scale_ptr,
+    bias_ptr,
+    y_ptr,
+    parts_ptr,
+    counter_ptr,
+    T,
+    N,
+    K,
+    stride_x,
+    stride_w,
+    k_per_split,
+    HAS_BIAS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BN: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    FP8: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    channel = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    token = tl.program_id(2) * BT + tl.arange(0, BT)
+    within = tl.arange(0, BK)
+    inside = channel < N
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    x_row = x_ptr + token.to(tl.int64)[:, None] * stride_x + within[None, :]
+    w_row = w_ptr + channel[:, None] * stride_w + within[None, :]
+    acc = tl.zeros((BN, BT), dtype=tl.float32)
+    first = tl.program_id(1) * k_per_split
+    for k in tl.range(first, min(first + k_per_split, K), BK):
+        ok = k + within < K
+        raw = tl.load(w_row + k, mask=inside[:, None] & ok[None, :], other=0)
+        x = tl.load(x_row + k, mask=(token < T)[:, None] & ok[None, :], other=0.0)
+        if FP8:
+            # e4m3's bits moved to the place of the wider format's; 2^bias difference makes the exponent right, exactly
+            if dtype == tl.float16:
+                bits = ((raw & 0x80).to(tl.uint16) << 8) | ((raw & 0x7F).to(tl.uint16) << 7)
+                w = bits.to(tl.float16, bitcast=True) * 256.0
+            elif dtype == tl.bfloat16:
+                bits = ((raw & 0x80).to(tl.uint16) << 8) | ((raw & 0x7F).to(tl.uint16) << 4)
+                w = bits.to(tl.bfloat16, bitcast=True) * 1.329227995784916e36
+            else:
+                bits = ((raw & 0x80).to(tl.uint32) << 24) | ((raw & 0x7F).to(tl.uint32) << 20)
+                w = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
+            w = w.to(dtype)
+        else:
+            w = raw.to(dtype)
+        acc = tl.dot(w, x.T, acc, input_precision=PRECISION)
+    acc *= tl.load(scale_ptr + channel, mask=inside, other=0.0)[:, None]
+    _finish(acc, token, channel, T, N, bias_ptr, y_ptr, parts_ptr, counter_ptr, HAS_BIAS, SPLITS)
+
+
+@lru_cache(maxsize=4)
+def lookup_assembly(dtype: torch.dtype) -> str:
+    """PTX that turns a word of four bytes, eight codes, into their codebook values, as two pairs of 16-bit registers
+    for the low and two for the high halves of the bytes; "" where the dtype has no 16-bit table.
+
+    ``prmt`` picks four bytes of eight by four-bit selectors, so a 16-entry table of bytes takes three: one on the
+    lower eight entries, one on the upper, one that chooses between them by the codes' top bits.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return ""
+    values = [v & 0xFFFF for v in torch.tensor(CODEBOOK).to(dtype).view(torch.int16).tolist()]
+    lines = [
+        ".reg .b32 s, q, t, u, low, high;",
+        "and.b32 s, $4, 0x77777777;",
+        "shr.u32 q, $4, 1;",
+        "lop3.b32 q, q, 0x44444444, 0x32103210, 0xEA;",
+    ]
+    for half in range(2):
+        if half:
+            lines += ["shr.u32 s, s, 16;", "shr.u32 q, q, 16;"]
+        for name, shift in (("low", 0), ("high", 8)):
+            entries = [(v >> shift) & 255 for v in values]
+            word = [sum(entries[4 * i + j] << (8 * j) for j in range(4)) for i in range(4)]
+            lines += [
+                f"prmt.b32 t, {word[0]:#x}, {word[1]:#x}, s;",
+                f"prmt.b32 u, {word[2]:#x}, {word[3]:#x}, s;",
+                f"prmt.b32 {name}, t, u, q;",
+            ]
+        lines += [f"prmt.b32 ${half}, low, high, 0x6240;", f"prmt.b32 ${2 + half}, low, high, 0x7351;"]
+    return "{" + " ".join(lines) + "}"
+
+
+DEFAULT = {"BN": 64, "BK": 64, "PER_SM": 4, "warps": 4, "stages": 3, "MAX_ROWS": 64}
+_counters: dict[tuple[torch.device, int | str], torch.Tensor] = {}
+
+
+def _counter(device: torch.device, count: int) -> torch.Tensor:
+    """Zeros that the kernels leave as zeros: one buffer a stream, whose kernels follow one another, and one for graphs,
+    which must not own what eager calls use. The kernels are compiled before a capture, so by then the latter exists."""
+    if device.type != "cuda":
+        return torch.zeros(count, dtype=torch.int32)
+    capturing = torch.cuda.is_current_stream_capturing()
+    key = (device, "graph" if capturing else torch.cuda.current_stream(device).cuda_stream)
+    held = _counters.get(key)
+    if held is not None and held.numel() >= count:
+        return held
+    made = torch.zeros(max(count, 8192), dtype=torch.int32, device=device)
+    if not capturing:
+        _counters[key] = made
+        _counters.setdefault((device, "graph"), torch.zeros_like(made))
+    return made
+
+
+def config_for(weight: QuantizedWeight, num_rows: int) -> Mapping[str, Any]:
+    """Tiles for this weight's format and shape at this many rows."""
+    kind = "nf4" if isinstance(weight, NF4Weight) else "fp8" if weight.values.dtype == torch.float8_e4m3fn else "int8"
+    size = "large" if weight.shape[0] * weight.shape[1] > 1 << 25 else "small"
+    return tuned_config(OP, f"{kind} {size} {max(16, triton.next_power_of_2(num_rows))}", DEFAULT)
+
+
+def _few_rows(
+    x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None, config: Mapping[str, Any]
+) -> torch.Tensor:
+    num_rows, num_k = x.shape
+    num_out = weight.shape[0]
+    device = x.device
+    bn, bt = config["BN"], max(16, min(64, triton.next_power_of_2(num_rows)))
+    step = BLOCK if isinstance(weight, NF4Weight) else config["BK"]
+    columns, rows = triton.cdiv(num_out, bn), triton.cdiv(num_rows, bt)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    steps = triton.cdiv(num_k, step)
+    splits = max(1, min(config["PER_SM"] * processors // (columns * rows), steps // 4))
+    per_split = triton.cdiv(steps, splits)
+    splits = triton.cdiv(steps, per_split)
+    y = torch.empty(num_rows, num_out, dtype=x.dtype, device=device)
+    parts = torch.empty(splits if splits > 1 else 0, num_rows, num_out, dtype=torch.float32, device=device)
+    counter = _counter(device, columns * rows)
+    grid = (columns, splits, rows)
+    common: dict[str, Any] = {
+        "HAS_BIAS": bias is not None,
+        "SPLITS": splits,
+        "BN": bn,
+        "BT": bt,
+        "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
+        "num_warps": config["warps"],
+        "num_stages": config["stages"],
+    }
+    if isinstance(weight, NF4Weight):
+        codebook, absmax_map = tables(device)
+        _nf4_kernel[grid](
+            x,
+            weight.codes,
+            weight.absmax_index,
+            weight.absmax_scale,
+            weight.absmax_offset,
+            absmax_map,
+            codebook,
+            bias,
+            y,
+            parts,
+            counter,
+            num_rows,
+            num_out,
+            steps,
+            x.stride(0),
+            per_split,
+            LOOKUP=lookup_assembly(x.dtype) if x.is_cuda else "",
+            **common,
+        )
+    else:
+        fp8 = weight.values.dtype == torch.float8_e4m3fn
+        _channel_kernel[grid](
+            x,
+            weight.values.view(torch.uint8) if fp8 else weight.values,
+            weight.scales,
+            bias,
+            y,
+            parts,
+            counter,
+            num_rows,
+            num_out,
+            num_k,
+            x.stride(0),
+            weight.values.stride(0),
+            per_split * step,
+            BK=step,
+            FP8=fp8,
+            **common,
+        )
+    return y
+
+
+def _validate(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None) -> None:
+    if x.ndim != 2 or x.shape[1] != weight.shape[1] or not x.is_floating_point():
+        raise bad_argument(OP, "x", f"{x.dtype} {tuple(x.shape)}", f"floating-point [T, {weight.shape[1]}]")
+    if weight.device != x.device:
+        raise bad_argument(OP, "weight", f"on {weight.device}", f"on {x.device}, as x is")
+    if isinstance(weight, NF4Weight):
+        check_nf4(OP, weight)
+    elif weight.values.dtype not in (torch.int8, torch.float8_e4m3fn) or weight.values.stride(1) != 1:
+        raise bad_argument(OP, "weight", weight.values.dtype, "int8 or float8_e4m3fn with dense rows")
+    elif weight.scales.shape != weight.shape[:1] or weight.scales.dtype != torch.float32:
+        given = f"scales {weight.scales.dtype} {tuple(weight.scales.shape)}"
+        raise bad_argument(OP, "weight", given, f"float32 [{weight.shape[0]}]")
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype or bias.device != x.device):
+        given = f"{bias.dtype} {tuple(bias.shape)} on {bias.device}"
+        raise bad_argument(OP, "bias", given, f"{x.dtype} [{weight.shape[0]}] on {x.device}")
+
+
 def quantized_linear(
     x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None = None, *, backend: str | None = None
 ) -> torch.Tensor:
     """x [T, in] → [T, out] in x's dtype. No gradient: see ``lora_linear`` for training over a quantised weight."""
-    if x.ndim != 2 or x.shape[1] != weight.shape[1]:
-        raise bad_argument("quantized_linear", "x", tuple(x.shape), f"[T, {weight.shape[1]}]")
-    return quantized_linear_reference(x, weight, bias)
+    _validate(x, weight, bias)
+    if choose_backend(OP, x, backend, ("torch", "triton")) == "torch":
+        return quantized_linear_reference(x, weight, bias)
+    if x.dtype not in FLOATS:
+        raise bad_argument(OP, "x", x.dtype, "float32, bfloat16 or float16 with backend 'triton'")
+    config = config_for(weight, x.shape[0])
+    if x.shape[0] == 0 or x.shape[0] > config["MAX_ROWS"]:
+        return linear(x, dequantize(weight, x.dtype, backend="triton"), bias)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    return _few_rows(x, weight, bias, config)
