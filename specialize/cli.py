@@ -1,0 +1,695 @@
+# pyright: reportMissingImports=false
+# The sibling folders join this package when it is installed (setup.py); by path pyright cannot see them from here.
+"""The command line: options to function calls, errors to one line and an exit code. Torch is imported by commands only."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import __version__
+from .errors import InputError
+from .progress import Reporter
+
+DISK_FULL = 28  # errno.ENOSPC
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Common:
+    """The options every command has."""
+
+    dtype: str
+    device: str
+    threads: int | None
+    quiet: bool
+    as_json: bool
+
+    @property
+    def reporter(self) -> Reporter:
+        return Reporter(quiet=self.quiet)
+
+    def prepare(self) -> Common:
+        """Set the number of threads; imports torch."""
+        if self.threads is not None:
+            import torch
+
+            torch.set_num_threads(self.threads)
+        return self
+
+    def show(self, result: Any, text: str | Callable[[], str]) -> None:
+        """The result on standard output: JSON where asked for, else text."""
+        click.echo(
+            json.dumps(result, indent=1, ensure_ascii=False) if self.as_json else (text() if callable(text) else text)
+        )
+
+
+def common(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options that mean the same everywhere; the command receives them as ``common``."""
+
+    @click.option(
+        "--dtype",
+        type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+        default="auto",
+        show_default=True,
+        help="Number format of the model's weights.",
+    )
+    @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+    @click.option("--threads", type=click.IntRange(1), help="CPU threads; all cores if left out.")
+    @click.option("--quiet", is_flag=True, help="Plain lines instead of progress bars.")
+    @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+    @click.option("--debug", is_flag=True, help="Show the traceback of an unexpected error.")
+    @functools.wraps(function)
+    def wrapped(
+        *args: Any, dtype: str, device: str, threads: int | None, quiet: bool, as_json: bool, debug: bool, **kwargs: Any
+    ) -> Any:
+        return function(*args, common=Common(dtype, device, threads, quiet, as_json), **kwargs)
+
+    return wrapped
+
+
+class Commands(click.Group):
+    """Lists commands in the order of a user's work, not of the alphabet."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="specialize")
+def cli() -> None:
+    """Turn a general language model into a domain expert: about eighty seed tasks and unlabelled text in, a tuned
+    adapter and an honest before/after table out.
+
+    \b
+    A first run, with a 135M model that fits a laptop:
+      specialize fetch smollm2-135m-instruct
+      specialize run --model smollm2-135m-instruct --seeds seeds.jsonl \\
+                     --corpus corpus.jsonl --tasks tasks/ --out my-run
+      specialize chat --model smollm2-135m-instruct --adapter my-run/adapter
+
+    A MODEL is a Hugging Face folder, a .gguf file, or a name that `specialize fetch` knows.
+    Exit codes: 0 done, 1 failure, 2 wrong usage or input, 130 interrupted (the same command resumes).
+    """
+
+
+model_option = click.option("--model", required=True, help="Model folder, .gguf file or fetch name.")
+adapter_option = click.option("--adapter", type=click.Path(), help="Adapter folder, as PEFT writes it.")
+
+
+# runs
+
+
+@cli.command()
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Run folder; an existing one is resumed.")
+@click.option("--model", help="Model folder, .gguf file or fetch name.")
+@click.option("--seeds", help='JSONL of {"instruction", "input", "output", "task"?}.')
+@click.option("--corpus", help="JSONL, folder of .txt/.md, Parquet or PubMed XML.")
+@click.option("--tasks", help="Evaluation task file or folder of them.")
+@click.option("--recipe", help="Shipped recipe (small, demo, paper) or a YAML file.  [default: small]")
+@click.option("--examples", type=click.IntRange(1), help="Synthetic rows to keep.")
+@click.option("--rounds", type=click.IntRange(1), help="Rounds of answering and tuning.")
+@click.option("--seed", type=int, help="Random seed of everything.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any recipe setting, such as tune.rank=8.")
+@click.option("--until", default="report", help="Stop after this stage (index, teacher, filter, tune, evaluate, …).")
+@click.option("--redo", is_flag=True, help="Redo the stages that changed settings invalidate.")
+@common
+def run(common: Common, **options: Any) -> None:
+    """Do the whole job, or resume it: index, synthesis, filter, tuning, evaluation, report.
+
+    \b
+    Examples:
+      specialize run --model smollm2-135m-instruct --seeds seeds.jsonl --corpus corpus.jsonl --tasks tasks/ --out r1
+      specialize run --out r1                        resume, everything as before
+      specialize run --out r1 --set tune.epochs=3 --redo
+    """
+    found = _open_run(common, **{k: v for k, v in options.items() if k not in ("until", "redo")})
+    result = found.execute(until=options["until"], redo=options["redo"])
+    _show_run(common, found.folder, result)
+
+
+def _open_run(
+    common: Common, *, out: Path, recipe: str | None = None, settings: tuple[str, ...] = (), **options: Any
+) -> Any:
+    """The run in a folder: what the command line says, else what the folder's recipe.yaml remembers."""
+    from .pipeline import INPUTS, Run
+    from .recipe import override, read_recipe
+    from .standalone import existing_model
+
+    remembered = out / "recipe.yaml"
+    chosen, inputs = read_recipe(recipe or (remembered if remembered.is_file() else "small"))
+    if recipe and remembered.is_file():
+        inputs = read_recipe(remembered)[1] | inputs
+    changes: dict[str, Any] = {k: options[k] for k in ("examples", "rounds", "seed") if options.get(k) is not None}
+    if common.dtype != "auto":
+        changes["dtype"] = common.dtype
+    chosen = override(override(chosen, changes), list(settings))
+    for name in INPUTS:
+        given = options.get(name)
+        if name == "model" and (given or name in inputs):
+            inputs[name] = str(existing_model(given or inputs[name], common.reporter))
+        elif given:
+            inputs[name] = str(Path(given).expanduser().resolve())
+        if name not in inputs:
+            raise InputError(f"--{name} is missing, and {out} is no run that remembers it")
+    return Run(out, chosen, inputs, reporter=common.prepare().reporter, device=common.device)
+
+
+def _show_run(common: Common, folder: Path, result: dict[str, Any]) -> None:
+    from .standalone import format_table, systems_table
+
+    if "systems" not in result:
+        common.show(
+            result,
+            lambda: "\n".join(
+                f"{name}: {'done' if s['done'] else 'begun'}, {s['seconds']} s" for name, s in result["stages"].items()
+            ),
+        )
+        return
+
+    def text() -> str:
+        lines = ["token F1 in percent, 95 % bootstrap intervals", "", format_table(systems_table(result)), ""]
+        for row in result["comparisons"]:
+            if row["metric"] == "token_f1" and row["system"] == "expert" and row.get("mean"):
+                m = row["mean"]
+                against = {"base": "the base", "seeds": "the seeds alone"}[row["against"]]
+                lines.append(
+                    f"expert against {against}, {row['shots']}-shot: {m['value']:+.1f} points [{m['low']:+.1f}, {m['high']:+.1f}]"
+                )
+        if (folder / "report.html").is_file():
+            lines += ["", f"report: {(folder / 'report.html').resolve()}"]
+        return "\n".join(lines)
+
+    common.show(result, text)
+
+
+@cli.command()
+@click.argument("name")
+@common
+def fetch(common: Common, name: str) -> None:
+    """Bring a model into the cache: a known NAME, or OWNER/NAME of the Hugging Face hub.
+
+    \b
+    Examples:
+      specialize fetch smollm2-135m-instruct
+      specialize fetch mosaicml/mpt-7b
+    """
+    from .fetch import convert_hint
+    from .fetch import fetch as bring
+    from .standalone import fetch_progress
+
+    with fetch_progress(common.reporter) as show:
+        path = bring(name, show)
+    hint = convert_hint(path)
+    common.show({"path": str(path)}, f"{path}" + (f"\nnext: {hint}" if hint else ""))
+
+
+@cli.command()
+@click.argument("source")
+@click.argument("target", type=click.Path(path_type=Path))
+@common
+def convert(common: Common, source: str, target: Path) -> None:
+    """Write a model folder with safetensors from one with .bin shards.
+
+    \b
+    Example:
+      specialize convert mpt-7b mpt-7b-safetensors --dtype bf16
+    """
+    from .engine.convert import convert as work
+    from .engine.generator import DTYPES
+
+    common.prepare()
+    with common.reporter.bar("convert", unit="MB") as bar:
+        path = work(
+            source,
+            target,
+            dtype=DTYPES.get(common.dtype),
+            on_tensor=lambda done, total: bar.set(done / 1e6, total=round(total / 1e6)),
+        )
+    common.show({"path": str(path)}, str(path))
+
+
+@cli.command()
+@click.argument("corpus")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the index.")
+@click.option(
+    "--embedder", default="all-minilm-l6-v2", show_default=True, help='Embedder folder or name; "none": BM25 only.'
+)
+@click.option("--max-words", type=click.IntRange(8), default=120, show_default=True, help="Words of a passage.")
+@click.option(
+    "--overlap-words", type=click.IntRange(0), default=20, show_default=True, help="Words that neighbours share."
+)
+@common
+def index(common: Common, corpus: str, out: Path, embedder: str, max_words: int, overlap_words: int) -> None:
+    """Build a passage index of a CORPUS; run again, it resumes, or takes in what was added.
+
+    \b
+    Example:
+      specialize index corpus.jsonl --out idx
+    """
+    from .pipeline import load_embedder
+    from .retrieval.index import Index
+
+    common.prepare()
+    encoder = None if embedder == "none" else load_embedder(embedder)
+    with common.reporter.bar("index") as bar:
+
+        def show(stage: str, done: int, total: int) -> None:
+            bar.unit = stage
+            bar.set(done, total=total)
+
+        built = Index.build(corpus, out, encoder, max_words=max_words, overlap_words=overlap_words, progress=show)
+    found: dict[str, Any] = {"index": str(out), "passages": len(built)}
+    if encoder is not None:
+        found["recall_at_10"] = round(float(built.recall(10)), 4)
+    common.show(found, ", ".join(f"{k}: {v}" for k, v in found.items()))
+
+
+@cli.command()
+@click.argument("index", type=click.Path(path_type=Path))
+@click.argument("query")
+@click.option("-k", type=click.IntRange(1), default=5, show_default=True, help="How many passages.")
+@click.option("--mode", type=click.Choice(["hybrid", "dense", "exact", "bm25"]), default="hybrid", show_default=True)
+@click.option("--embedder", default="all-minilm-l6-v2", show_default=True, help="The embedder the index was made with.")
+@common
+def search(common: Common, index: Path, query: str, k: int, mode: str, embedder: str) -> None:
+    """Search an INDEX.
+
+    \b
+    Example:
+      specialize search idx "loss of hearing in childhood" -k 3
+    """
+    from .pipeline import load_embedder
+    from .retrieval.index import Index
+
+    common.prepare()
+    if not index.is_dir():
+        raise InputError(f"index {index} does not exist; build it with: specialize index CORPUS --out {index}")
+    found = Index.load(index, None if mode == "bm25" else load_embedder(embedder))
+    hits = found.search([query], k, mode=mode)[0]
+    rows = [
+        {
+            "rank": h.rank,
+            "score": round(h.score, 4),
+            "id": h.passage.id,
+            "title": h.passage.title,
+            "text": h.passage.text,
+        }
+        for h in hits
+    ]
+    common.show(
+        rows,
+        lambda: (
+            "\n\n".join(f"{r['rank']}. {r['id']}  {r['score']:.3f}  {r['title']}\n{r['text']}" for r in rows)
+            or "nothing found"
+        ),
+    )
+
+
+def _stage_command(name: str, until: str, what: str) -> None:
+    @cli.command(name, help=what)
+    @click.argument("run", type=click.Path(path_type=Path))
+    @click.option("--redo", is_flag=True, help="Redo the stages that changed settings invalidate.")
+    @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a recipe setting.")
+    @common
+    def command(common: Common, run: Path, redo: bool, settings: tuple[str, ...]) -> None:
+        _run_stage(common, run, until, redo, settings)
+
+
+def _run_stage(common: Common, run: Path, until: str, redo: bool, settings: tuple[str, ...]) -> None:
+    if not (run / "recipe.yaml").is_file():
+        raise InputError(f"{run} is no run folder (no recipe.yaml); start one with: specialize run --out {run} …")
+    found = _open_run(common, out=run, settings=settings)
+    _show_run(common, run, found.execute(until=until, redo=redo))
+
+
+_stage_command(
+    "synth",
+    "filter",
+    "Make and filter the synthetic rows of a RUN (what comes before is done first).\n\n\b\nExample:\n  specialize synth r1",
+)
+
+
+@cli.command()
+@click.argument("run", required=False, type=click.Path(path_type=Path))
+@click.option("--model", help="Model folder, .gguf file or fetch name.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help='JSONL of {"instruction", "input", "output"} or {"prompt", "response"}.',
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Adapter folder; an interrupted one is resumed.")
+@click.option("--rank", type=click.IntRange(1), default=16, show_default=True)
+@click.option("--alpha", type=float, help="Scale of the adapter.  [default: twice the rank]")
+@click.option("--targets", default="all", show_default=True, help="all, or names such as q_proj,v_proj.")
+@click.option("--lr", type=float, default=5e-4, show_default=True, help="Learning rate.")
+@click.option("--epochs", type=float, default=3.0, show_default=True)
+@click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Rows of an optimizer step.")
+@click.option("--max-length", type=click.IntRange(16), default=1024, show_default=True, help="Tokens of a row.")
+@click.option("--schedule", type=click.Choice(["linear", "cosine", "constant"]), default="linear", show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--stats", type=click.Path(path_type=Path), help="Write tokens, steps, seconds and losses here as JSON.")
+@click.option("--redo", is_flag=True, help="Of a RUN: redo the stages that changed settings invalidate.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Of a RUN: change a recipe setting.")
+@common
+def tune(common: Common, run: Path | None, redo: bool, settings: tuple[str, ...], **o: Any) -> None:
+    """Tune the adapter of a RUN, or, with --data, any model on your own rows.
+
+    \b
+    Examples:
+      specialize tune r1
+      specialize tune --model smollm2-135m-instruct --data rows.jsonl --out adapter --rank 8 --epochs 2
+    """
+    if run is not None:
+        if o["data"] or o["out"]:
+            raise InputError("tune: give a RUN folder, or --model, --data and --out, not both")
+        _run_stage(common, run, "tune", redo, settings)
+        return
+    for name in ("model", "data", "out"):
+        if not o[name]:
+            raise InputError(f"tune: --{name} is missing (or name a RUN folder)")
+    from .recipe import Tune, check_value
+    from .standalone import existing_model, tune_file
+
+    values = {"rank": o["rank"], "alpha": o["alpha"] or 2.0 * o["rank"], "targets": o["targets"], "epochs": o["epochs"]}
+    values |= {"learning_rate": o["lr"], "batch": o["batch"], "max_length": o["max_length"], "schedule": o["schedule"]}
+    for key, value in values.items():
+        check_value(f"tune.{key}", type(value), value)
+    if o["stats"]:
+        from .standalone import check_writable
+
+        check_writable(o["stats"])
+    path = existing_model(o["model"], common.reporter)
+    stats = tune_file(
+        path,
+        o["data"],
+        o["out"],
+        Tune(**values),
+        dtype=common.dtype,
+        device=common.device,
+        seed=o["seed"],
+        base_model=o["model"],
+        reporter=common.prepare().reporter,
+    )
+    if o["stats"]:
+        o["stats"].write_text(json.dumps(stats, indent=1), encoding="utf-8")
+    common.show(
+        stats,
+        f"{o['out']}: {stats['steps']} steps, {stats['tokens']:,} tokens in {stats['seconds']:.1f} s "
+        f"({stats['tokens_per_second']:,.0f} a second), last loss {stats['losses'][-1]:.3f}",
+    )
+
+
+@cli.command("eval")
+@click.argument("run", required=False, type=click.Path(path_type=Path))
+@click.option("--model", help="Model folder, .gguf file or fetch name.")
+@adapter_option
+@click.option("--tasks", type=click.Path(path_type=Path), help="Task file or folder of them.")
+@click.option("--shots", default="0", show_default=True, help="Examples in the prompt, such as 0,1,5.")
+@click.option("--limit", type=click.IntRange(0), default=0, show_default=True, help="Examples of each task; 0: all.")
+@click.option("--max-tokens", type=click.IntRange(1), default=96, show_default=True, help="Longest reply.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the bootstrap.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write eval.json here.")
+@click.option("--redo", is_flag=True, help="Of a RUN: redo the stages that changed settings invalidate.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Of a RUN: change a recipe setting.")
+@common
+def evaluate(common: Common, run: Path | None, redo: bool, settings: tuple[str, ...], **o: Any) -> None:
+    """Score a RUN's systems, or any model with or without an adapter.
+
+    \b
+    Examples:
+      specialize eval r1
+      specialize eval --model smollm2-135m-instruct --adapter r1/adapter --tasks tasks/ --shots 0,1,5 --out eval.json
+    """
+    if run is not None:
+        _run_stage(common, run, "evaluate", redo, settings)
+        return
+    for name in ("model", "tasks"):
+        if not o[name]:
+            raise InputError(f"eval: --{name} is missing (or name a RUN folder)")
+    from .pipeline import write_text
+    from .standalone import check_writable, evaluate_model, evaluation_table, existing_model, format_table, parse_shots
+
+    if o["out"]:
+        check_writable(o["out"])
+    shots = parse_shots(o["shots"])
+    found = evaluate_model(
+        existing_model(o["model"], common.reporter),
+        o["tasks"],
+        adapter=o["adapter"],
+        shots=shots,
+        limit=o["limit"],
+        max_tokens=o["max_tokens"],
+        dtype=common.dtype,
+        device=common.device,
+        seed=o["seed"],
+        model_name=o["model"],
+        reporter=common.prepare().reporter,
+    )
+    if o["out"]:
+        write_text(o["out"], json.dumps(found, indent=1, ensure_ascii=False))
+    common.show(found, lambda: format_table(evaluation_table(found)))
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@common
+def report(common: Common, run: Path) -> None:
+    """Write a RUN's report.html anew from what its folder holds.
+
+    \b
+    Example:
+      specialize report r1
+    """
+    from .report import write_report
+
+    path = write_report(run)
+    common.show({"report": str(path)}, str(path))
+
+
+# generation
+
+_sampling_options = (
+    click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True),
+    click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy."),
+    click.option("--top-p", type=float, default=1.0, show_default=True),
+    click.option("--top-k", type=int, default=0, show_default=True, help="0 is off."),
+    click.option("--min-p", type=float, default=0.0, show_default=True),
+    click.option("--repetition-penalty", type=float, default=1.0, show_default=True),
+    click.option("--seed", type=int, default=0, show_default=True),
+    click.option("--stop", multiple=True, help="Text that ends the reply; may be given several times."),
+)
+
+
+def _sampling(function: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(_sampling_options):
+        function = option(function)
+    return function
+
+
+def _params(o: dict[str, Any], **more: Any) -> Any:
+    from .engine.sampler import SamplingParams
+
+    names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+    return SamplingParams(**{name: o[name] for name in names}, stop=tuple(o["stop"]), **more)
+
+
+@cli.command()
+@click.argument("prompt", required=False)
+@model_option
+@adapter_option
+@click.option("--prompts", type=click.Path(path_type=Path), help='JSONL of {"prompt": text} or {"prompt_ids": [...]}.')
+@click.option("--out", type=click.Path(path_type=Path), help="JSONL of replies, in the order of --prompts.")
+@_sampling
+@click.option("--ignore-eos", is_flag=True, help="Go on past the end-of-text token.")
+@click.option("--n", "n", type=click.IntRange(1), default=1, show_default=True, help="Samples of each prompt.")
+@click.option("--logprobs", type=click.IntRange(0), help="Report the K likeliest tokens at each step.")
+@click.option("--chat", "as_chat", is_flag=True, help="Put PROMPT into the model's chat template.")
+@click.option(
+    "--input", "input_text", help="PROMPT is an instruction and this its input, in the form experts are tuned on."
+)
+@click.option("--stats", type=click.Path(path_type=Path), help="Write counts and rates here as JSON.")
+@common
+def generate(common: Common, prompt: str | None, model: str, adapter: str | None, **o: Any) -> None:
+    """Continue a PROMPT, or every line of a prompts file.
+
+    \b
+    Examples:
+      specialize generate --model smollm2-135m-instruct "The heart is" --max-tokens 40
+      specialize generate --model M --adapter my-run/adapter "List the diseases in the text." --input "A case of gout."
+      specialize generate --model M --prompts in.jsonl --out out.jsonl --temperature 0.7 --n 4 --stats stats.json
+    """
+    from .standalone import check_writable, existing_model, generate_file, load_generator, statistics
+
+    if (prompt is None) == (o["prompts"] is None):
+        raise InputError("generate: give a PROMPT or --prompts FILE, one of the two")
+    if o["input_text"] is not None:
+        from .prompts import STOP, example_prompt
+
+        if prompt is None or o["as_chat"]:
+            raise InputError("generate: --input belongs to a PROMPT without --chat")
+        prompt = example_prompt(prompt, o["input_text"])
+        o["stop"] = o["stop"] or STOP
+    if o["prompts"] is not None and o["out"] is None:
+        raise InputError("generate: --prompts needs --out FILE")
+    for file in (o["out"], o["stats"]):
+        if file:
+            check_writable(file)
+    params = _params(o, n=o["n"], ignore_eos=o["ignore_eos"], logprobs=o["logprobs"])
+    if o["prompts"] is not None:
+        from .standalone import read_prompts
+
+        read_prompts(o["prompts"])
+    path = existing_model(model, common.reporter)
+    generator, name = load_generator(path, adapter=adapter, dtype=common.prepare().dtype, device=common.device)
+    if o["prompts"] is not None:
+        stats = generate_file(generator, o["prompts"], o["out"], params, adapter=name, reporter=common.reporter)
+        shown: Any = stats
+        text = f"{o['out']}: {stats['generated_tokens']:,} tokens in {stats['seconds']:.1f} s ({stats['generated_tokens_per_second']:,.0f} a second)"
+    else:
+        import time
+
+        wanted: Any = prompt
+        if o["as_chat"]:
+            ready = generator.tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
+            wanted = generator.tokenizer.encode(ready, add_special_tokens=False)
+        if not common.as_json and o["n"] == 1 and not o["stats"]:
+            for piece in generator.stream(wanted, params, adapter=name):
+                click.echo(piece, nl=False)
+            click.echo()
+            return
+        started = time.perf_counter()
+        completions = generator.generate([wanted], params, adapter=name)
+        stats = statistics(completions, time.perf_counter() - started, generator)
+        shown = [
+            {"text": c.text, "token_ids": list(c.token_ids), "finish_reason": c.finish_reason} for c in completions
+        ]
+        text = "\n\n".join(c.text for c in completions)
+    if o["stats"]:
+        o["stats"].write_text(json.dumps(stats, indent=1), encoding="utf-8")
+    common.show(shown, text)
+
+
+@cli.command()
+@model_option
+@adapter_option
+@_sampling
+@common
+def chat(common: Common, model: str, adapter: str | None, **o: Any) -> None:
+    """Talk to a model. With an adapter, turns have the form it was tuned on. An empty line or Ctrl-D ends.
+
+    \b
+    Example:
+      specialize chat --model smollm2-135m-instruct --adapter my-run/adapter
+    """
+    from .prompts import STOP
+    from .standalone import chat_prompt, existing_model, load_generator
+
+    path = existing_model(model, common.reporter)
+    generator, name = load_generator(path, adapter=adapter, dtype=common.prepare().dtype, device=common.device)
+    if adapter and not o["stop"]:
+        o["stop"] = STOP
+    params = _params(o)
+    messages: list[dict[str, str]] = []
+    interactive = sys.stdin.isatty()
+    while True:
+        try:
+            text = (
+                click.prompt("you", prompt_suffix="> ", default="", show_default=False)
+                if interactive
+                else next(sys.stdin, "").strip()
+            )
+        except click.Abort:
+            click.echo()
+            return
+        if not text:
+            return
+        messages.append({"role": "user", "content": text})
+        reply = ""
+        for piece in generator.stream(
+            chat_prompt(generator, messages, instruct=adapter is not None), params, adapter=name
+        ):
+            click.echo(piece, nl=False)
+            reply += piece
+        click.echo("\n")
+        messages.append({"role": "assistant", "content": reply.strip()})
+
+
+# the machine
+
+
+@cli.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("what", type=click.Choice(["kernels", "generate", "train", "retrieval"]))
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def bench(what: str, arguments: tuple[str, ...]) -> None:
+    """Measure this machine: kernels, generate, train or retrieval. `specialize bench WHAT --help` lists its options.
+
+    \b
+    Example:
+      specialize bench generate --help
+    """
+    import importlib
+
+    try:
+        module = importlib.import_module(f"specialize.bench.{what}")
+    except ModuleNotFoundError as error:
+        if error.name != f"specialize.bench.{what}":
+            raise
+        raise InputError(f"bench {what}: this benchmark is not installed") from None
+    code = module.main(list(arguments))
+    if code:
+        raise SystemExit(code)
+
+
+@cli.command()
+@common
+def doctor(common: Common) -> None:
+    """Say what this machine has, what will be used, and what is missing."""
+    from .doctor import examine, format_findings
+
+    findings = examine()
+    common.show(findings, lambda: format_findings(findings))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The console script: runs a command and turns what goes wrong into one line and an exit code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    try:
+        cli.main(given, prog_name="specialize", standalone_mode=False)
+        code = 0
+    except click.exceptions.Exit as error:
+        code = error.exit_code
+    except click.UsageError as error:
+        error.show()
+        code = 2
+    except (KeyboardInterrupt, click.Abort):
+        print("interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        code = INTERRUPTED
+    except InputError as error:
+        if "--debug" in given:
+            raise
+        print(f"specialize: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 2
+    except BrokenPipeError:
+        code = 1
+    except Exception as error:
+        if "--debug" in given:
+            raise
+        full = (
+            getattr(error, "errno", None) == DISK_FULL or "disk is full" in str(error) or "No space left" in str(error)
+        )
+        if full:
+            message = "the disk is full; free some space and run the same command again, what was finished is kept"
+        else:
+            lines = str(error).strip().splitlines() or [""]
+            message = f"{type(error).__name__}: {lines[0]} (add --debug for the traceback)"
+        print(f"specialize: {message}", file=sys.stderr)
+        code = 1
+    raise SystemExit(code)
