@@ -1,8 +1,8 @@
 """Activations of the feed-forward block: ``gelu(x) = x·Φ(x)`` (exact, by erf) and ``swiglu([g, u]) = g·sigmoid(g)·u``.
 
-gelu keeps x's shape; swiglu takes gate and up side by side, [T, 2I] -> [T, I]. Computed in fp32 and rounded once. Floors:
-gelu 2 elements moved per element (backward 3), swiglu 3 per output (backward 5). The backward passes recompute from the
-inputs; nothing else is saved.
+gelu keeps x's shape; swiglu takes gate and up side by side, [T, 2I] -> [T, I]. Computed in fp32 and rounded once.
+Floors: gelu 2 elements moved per element (backward 3), swiglu 3 per output (backward 5). The backward passes
+recompute from the inputs; nothing else is saved.
 Sources: Hendrycks & Gimpel, "Gaussian Error Linear Units" (2016); Shazeer, "GLU Variants Improve Transformer" (2020).
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from . import cpu_rows
 from .dispatch import bad_argument, choose_backend, tl, triton
 from .rows import TRITON_DTYPES, needs_grad
 from .spec import Case, CompileCase, KernelSpec
@@ -150,9 +151,12 @@ def swiglu(gate_up: torch.Tensor, *, backend: str | None = None) -> torch.Tensor
     """
     if gate_up.dim() != 2 or gate_up.shape[-1] % 2:
         raise bad_argument("swiglu", "gate_up", f"of shape {tuple(gate_up.shape)}", "[T, 2I]")
-    if choose_backend("swiglu", gate_up, backend, ("torch", "triton")) == "torch":
+    chosen = choose_backend("swiglu", gate_up, backend, ("torch", "triton", "cpp"), cpu_rows.default_backend(gate_up))
+    if chosen == "torch":
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
+    if chosen == "cpp":
+        return cpu_rows.swiglu(gate_up)
     _check_dtype("swiglu", "gate_up", gate_up)
     return _Swiglu.apply(gate_up) if needs_grad(gate_up) else _launch_swiglu(gate_up, None)
 

@@ -1,19 +1,32 @@
 """Which backend runs an op: the one asked for, else Triton for CUDA tensors, else torch (or an op's own CPU default).
 
-Also the one place that knows whether Triton is installed: kernel files take ``triton`` and ``tl`` from here, so that they
-import on a machine without it (macOS, aarch64).
+Also the one place that knows whether Triton is installed: kernel files take ``triton`` and ``tl`` from here, so that
+they import on a machine without it (macOS, aarch64).
 """
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
+if TYPE_CHECKING:
 
+    class _Untyped(type):
+        def __getattr__(cls, name: str) -> Any: ...
+
+    class tl(metaclass=_Untyped):
+        """Kernels are written in Triton's language, not Python's: no checker's types fit them."""
+
+        constexpr = Any
+
+    triton: Any
+
+
+try:
+    triton = importlib.import_module("triton")
+    tl = importlib.import_module("triton.language")  # pyright: ignore
     HAS_TRITON = True
 except ImportError:
     HAS_TRITON = False
@@ -33,8 +46,8 @@ except ImportError:
         def next_power_of_2(n: int) -> int:
             return 1 << max(n - 1, 0).bit_length()
 
-    triton: Any = _AbsentTriton()
-    tl: Any = None
+    triton = _AbsentTriton()
+    tl = None  # pyright: ignore
 
 
 def choose_backend(

@@ -1,9 +1,10 @@
-"""Layer normalisation, optionally of a sum: ``h = x (+ residual);  y = (h - mean) / sqrt(var + eps) · weight (+ bias)``.
+"""Layer normalisation, optionally of a sum: ``h = x (+ residual);  y = (h - mean) / sqrt(var + eps) · weight (+
+bias)``.
 
-x [T, C], weight and bias [C]. Statistics in fp32, the variance about the mean (no cancellation); the sum is rounded to x's
-dtype before it is normalised, because that rounded sum is what the residual stream carries on. Design and floor are those
-of rmsnorm.py: whole rows in registers, each tensor moved once, statistics recomputed in the backward pass.
-Source: Ba, Kiros & Hinton, "Layer Normalization" (2016).
+x [T, C], weight and bias [C]. Statistics in fp32, the variance about the mean (no cancellation); the sum is rounded
+to x's dtype before it is normalised, because that rounded sum is what the residual stream carries on. Design and
+floor are those of rmsnorm.py: whole rows in registers, each tensor moved once, statistics recomputed in the backward
+pass. Source: Ba, Kiros & Hinton, "Layer Normalization" (2016).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from . import cpu_rows
 from .dispatch import bad_argument, choose_backend, tl, triton
 from .rows import as_rows, check_triton_operands, needs_grad, num_reduction_programs
 from .spec import Case, CompileCase, KernelSpec
@@ -241,8 +243,13 @@ def layernorm(
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         given = f"{residual.dtype} of shape {tuple(residual.shape)}"
         raise bad_argument("layernorm", "residual", given, f"as x: {x.dtype} {tuple(x.shape)}")
-    if choose_backend("layernorm", x, backend, ("torch", "triton")) == "torch":
+    chosen = choose_backend(
+        "layernorm", x, backend, ("torch", "triton", "cpp"), cpu_rows.default_backend(x, weight, bias)
+    )
+    if chosen == "torch":
         return _layernorm_torch(x, weight, bias, eps, residual)
+    if chosen == "cpp":
+        return cpu_rows.norm(x, weight, bias, eps, residual, centre=True)
     check_triton_operands("layernorm", x, weight=weight, bias=bias, residual=residual)
     if needs_grad(x, weight, bias, residual):
         return _LayerNorm.apply(x, weight, bias, eps, residual)
@@ -298,9 +305,7 @@ def _compile_cases(target: int) -> list[CompileCase]:
                 {
                     **dict.fromkeys(("dy", "dh", "h", "weight", "dx"), "*bf16"),
                     **dict.fromkeys(("dweight_parts", "dbias_parts"), "*fp32"),
-                    **dict.fromkeys(
-                        ("num_rows", "num_channels", "h_inner", "h_outer_stride", "h_inner_stride"), "i32"
-                    ),
+                    **dict.fromkeys(("num_rows", "num_channels", "h_inner", "h_outer_stride", "h_inner_stride"), "i32"),
                     "eps": "fp32",
                 },
                 {
@@ -320,7 +325,7 @@ def _compile_cases(target: int) -> list[CompileCase]:
 def _tuning(case: Case) -> tuple[str, list[dict[str, int]]]:
     block = triton.next_power_of_2(case["C"])
     rows = [r for r in (1, 2, 4, 8, 16) if r * block <= 16384]
-    warps = [w for w in (1, 2, 4, 8, 16)]
+    warps = (1, 2, 4, 8, 16)
     return f"{case.get('pass', 'forward')} {block}", [
         {"rows": r, "num_warps": w} for r in rows for w in warps if 8 <= r * block // (32 * w) <= 64
     ]
@@ -333,7 +338,13 @@ SPEC = KernelSpec(
     make_inputs=_make_inputs,
     test_cases=tuple(
         {"T": t, "C": c, "residual": r, "bias": b}
-        for t, c, r, b in ((1, 1, True, True), (7, 64, True, False), (5, 65, False, True), (0, 32, True, True), (33, 127, True, True))
+        for t, c, r, b in (
+            (1, 1, True, True),
+            (7, 64, True, False),
+            (5, 65, False, True),
+            (0, 32, True, True),
+            (33, 127, True, True),
+        )
     ),
     bench_cases=(
         {"model": "MPT-7B", "T": 8192, "C": 4096},

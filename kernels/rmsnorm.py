@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from . import cpu_rows
 from .dispatch import bad_argument, choose_backend, tl, triton
 from .rows import as_rows, check_triton_operands, needs_grad, num_reduction_programs
 from .spec import Case, CompileCase, KernelSpec
@@ -157,9 +158,10 @@ def _launch_backward(dy, dh, h, weight, eps, want_dweight):
     if num_rows == 0:
         return dx, torch.zeros_like(weight) if want_dweight else None
     rmsnorm_backward_kernel[(num_programs,)](
-        dy.contiguous(), dh.contiguous() if dh is not None else dy, h, weight.contiguous(), dx, parts, num_rows, num_channels,
-        inner, outer_stride, inner_stride, eps,
-        HAS_DH=dh is not None, HAS_DWEIGHT=want_dweight, ROWS=config["rows"], BLOCK=block, num_warps=config["num_warps"],
+        dy.contiguous(), dh.contiguous() if dh is not None else dy, h, weight.contiguous(), dx, parts,
+        num_rows, num_channels, inner, outer_stride, inner_stride, eps,
+        HAS_DH=dh is not None, HAS_DWEIGHT=want_dweight,
+        ROWS=config["rows"], BLOCK=block, num_warps=config["num_warps"],
     )  # fmt: skip
     return dx, parts.sum(0).to(weight.dtype) if want_dweight else None
 
@@ -201,8 +203,11 @@ def rmsnorm(
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         given = f"{residual.dtype} of shape {tuple(residual.shape)}"
         raise bad_argument("rmsnorm", "residual", given, f"as x: {x.dtype} {tuple(x.shape)}")
-    if choose_backend("rmsnorm", x, backend, ("torch", "triton")) == "torch":
+    chosen = choose_backend("rmsnorm", x, backend, ("torch", "triton", "cpp"), cpu_rows.default_backend(x, weight))
+    if chosen == "torch":
         return _rmsnorm_torch(x, weight, eps, residual)
+    if chosen == "cpp":
+        return cpu_rows.norm(x, weight, None, eps, residual, centre=False)
     check_triton_operands("rmsnorm", x, weight=weight, residual=residual)
     if needs_grad(x, weight, residual):
         return _RMSNorm.apply(x, weight, eps, residual)

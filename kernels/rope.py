@@ -1,9 +1,10 @@
-"""Rotary position embedding, half-rotation (NeoX) layout: with ``x = [a, b]`` split in the middle of the last dimension,
-``y = [a·cos - b·sin, b·cos + a·sin]``, cos and sin being row ``positions[t]`` of their tables.
+"""Rotary position embedding, half-rotation (NeoX) layout: with ``x = [a, b]`` split in the middle of the last
+dimension, ``y = [a·cos - b·sin, b·cos + a·sin]``, cos and sin being row ``positions[t]`` of their tables.
 
-x [T, H, D], cos and sin [M, D/2] in fp32, positions [T]. Computed in fp32 and rounded once. Rows of the kernel are heads;
-floor 2·T·H·D elements (the tables' rows are shared by H heads and stay in L1). The backward pass is the rotation by the
-opposite angle: the same kernel with sin negated. Source: Su et al., "RoFormer" (2021), in the layout of GPT-NeoX.
+x [T, H, D], cos and sin [M, D/2] in fp32, positions [T]. Computed in fp32 and rounded once. Rows of the kernel are
+heads; floor 2·T·H·D elements (the tables' rows are shared by H heads and stay in L1). The backward pass is the
+rotation by the opposite angle: the same kernel with sin negated. Source: Su et al., "RoFormer" (2021), in the layout
+of GPT-NeoX.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from . import cpu_rows
 from .dispatch import bad_argument, choose_backend, tl, triton
 from .rows import check_triton_operands, needs_grad
 from .spec import Case, CompileCase, KernelSpec
@@ -79,7 +81,8 @@ def _launch(x, cos, sin, positions, inverse):
         block = triton.next_power_of_2(head_dim // 2)
         config = tuned_config("rope", f"{2 * block}", _config(block))
         rope_kernel[(triton.cdiv(num_rows, config["rows"]),)](
-            x, cos, sin, positions, y, num_rows, num_heads, cos.shape[0], x.stride(0), x.stride(1), cos.stride(0), sin.stride(0),
+            x, cos, sin, positions, y, num_rows, num_heads, cos.shape[0],
+            x.stride(0), x.stride(1), cos.stride(0), sin.stride(0),
             HALF=head_dim // 2, BLOCK=block, ROWS=config["rows"], INVERSE=inverse, num_warps=config["num_warps"],
         )  # fmt: skip
     return y
@@ -110,8 +113,11 @@ def rope(
         raise bad_argument("rope", "cos, sin", given, f"both [M, {x.shape[-1] // 2}]")
     if positions.shape != x.shape[:1]:
         raise bad_argument("rope", "positions", f"of shape {tuple(positions.shape)}", f"[{x.shape[0]}]")
-    if choose_backend("rope", x, backend, ("torch", "triton")) == "torch":
+    chosen = choose_backend("rope", x, backend, ("torch", "triton", "cpp"), cpu_rows.default_backend(x))
+    if chosen == "torch":
         return rope_reference(x, cos, sin, positions)
+    if chosen == "cpp":
+        return cpu_rows.rope(x, cos, sin, positions)
     check_triton_operands("rope", x, cos=cos, sin=sin, positions=positions)
     if cos.stride(-1) != 1 or sin.stride(-1) != 1:
         raise bad_argument("rope", "cos, sin", f"with strides {cos.stride()} and {sin.stride()}", "rows of stride 1")
@@ -140,7 +146,15 @@ def _compile_cases(target: int) -> list[CompileCase]:
     for head_dim in (64, 112, 128):
         block = triton.next_power_of_2(head_dim // 2)
         config = tuned_config("rope", f"{2 * block}", _config(block))
-        integers = ("num_rows", "num_heads", "num_positions", "x_token_stride", "x_head_stride", "cos_stride", "sin_stride")
+        integers = (
+            "num_rows",
+            "num_heads",
+            "num_positions",
+            "x_token_stride",
+            "x_head_stride",
+            "cos_stride",
+            "sin_stride",
+        )
         cases.append(
             CompileCase(
                 f"D={head_dim}",

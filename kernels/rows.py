@@ -11,7 +11,8 @@ MAX_ROW = 65536  # elements; one program holds a whole row in registers
 
 
 def as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int, int, int]:
-    """``(x, num_rows, inner, outer_stride, inner_stride)``: row r lies at (r // inner)·outer_stride + (r % inner)·inner_stride.
+    """``(x, num_rows, inner, outer_stride, inner_stride)``: row r lies at (r // inner)·outer_stride + (r %
+    inner)·inner_stride.
 
     Copies only where the last dimension is strided or more than two leading dimensions do not collapse.
     """

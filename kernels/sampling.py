@@ -5,16 +5,17 @@ logits [B, V]; every setting is a tensor [B], so one call serves any mix of requ
 1. repetition penalty r on seen tokens: ``l / r`` where l > 0, else ``l · r``;
 2. temperature 0: the largest logit wins, the lowest id among equals; nothing below applies;
 3. ``p = softmax(l / temperature)``;
-4. kept = min-p ∩ top-k ∩ top-p: p ≥ min_p · max p; the k most probable; the fewest most probable tokens whose share of what
+4. kept = min-p ∩ top-k ∩ top-p: p ≥ min_p · max p; the k most probable; the fewest most probable tokens whose share
+of what
    top-k left reaches top_p. Equals are ranked by id, lower first;
 5. inverse CDF over the kept tokens in order of id: the first whose running sum exceeds ``u · total``.
 
-``u = uniform(key, step)`` in [0, 1) with 53 bits is output number ``step`` of SplitMix64 seeded with the mixed key: it depends
-on nothing else, so a request draws the same tokens alone and in a batch. One draw per row, against one per token for a
-Gumbel race, is what a CPU can afford. The returned logprob is of the logits as given, before penalty and temperature.
-Sources: Holtzman et al., "The Curious Case of Neural Text Degeneration" (2020) for top-p; Nguyen et al., "Turning Up the
-Heat: Min-p Sampling" (2024); Keskar et al., "CTRL" (2019) for the penalty; Steele, Lea & Flood, "Fast Splittable
-Pseudorandom Number Generators" (2014) for the draw.
+``u = uniform(key, step)`` in [0, 1) with 53 bits is output number ``step`` of SplitMix64 seeded with the mixed key:
+it depends on nothing else, so a request draws the same tokens alone and in a batch. One draw per row, against one per
+token for a Gumbel race, is what a CPU can afford. The returned logprob is of the logits as given, before penalty and
+temperature. Sources: Holtzman et al., "The Curious Case of Neural Text Degeneration" (2020) for top-p; Nguyen et al.,
+"Turning Up the Heat: Min-p Sampling" (2024); Keskar et al., "CTRL" (2019) for the penalty; Steele, Lea & Flood, "Fast
+Splittable Pseudorandom Number Generators" (2014) for the draw.
 """
 
 from __future__ import annotations
@@ -145,7 +146,8 @@ def _draw_restricted(p, peak, draws, top_k, top_p, min_p, floor) -> tuple[torch.
 def _sample_torch(logits, keys, steps, temperature, top_k, top_p, min_p, repetition_penalty, seen):
     logits = logits.float()
     penalised = _penalised(logits, repetition_penalty, seen)
-    # max, log_softmax, softmax and cumsum treat each row by itself; sum would split a row between threads when B is small.
+    # max, log_softmax, softmax and cumsum treat each row by itself; sum would split a row between threads when B is
+    # small.
     token_ids = penalised.max(-1).indices
     drawn = (temperature > 0).nonzero().squeeze(1)
     if drawn.numel():
@@ -175,11 +177,11 @@ def _draw(penalised, rows, keys, steps, temperature, top_k, top_p, min_p) -> tor
     todo = restricted.nonzero().squeeze(1)
     for floor in _CANDIDATE_FLOORS:
         whole = todo.numel() == p.shape[0]
-        part = [t if whole else t[todo] for t in (p, draws, top_k, top_p, min_p)]
-        peak = part[0].amax(-1)
+        p_, draws_, k_, share_, min_p_ = (t if whole else t[todo] for t in (p, draws, top_k, top_p, min_p))
+        peak = p_.amax(-1)
         least = torch.full_like(peak, floor).minimum(peak)
-        least = torch.where((part[2] > 0) & (part[3] < 1), least, torch.maximum(part[4] * peak, least))
-        ids, complete = _draw_restricted(part[0], peak, *part[1:], least)
+        least = torch.where((k_ > 0) & (share_ < 1), least, torch.maximum(min_p_ * peak, least))
+        ids, complete = _draw_restricted(p_, peak, draws_, k_, share_, min_p_, least)
         chosen[todo] = ids
         todo = todo[~complete]
         if not todo.numel():
@@ -223,12 +225,12 @@ def _search(
 ):
     """The cut (bits, num_equals) of the fewest highest-ranked tokens whose count or mass reaches ``goal``.
 
-    Kept are tokens of more bits and the first ``num_equals`` of just these bits. Also returns how many have these bits and
-    the mass kept. Eight thresholds a pass, three bits of the answer: ten passes over a row that stays in L2.
+    Kept are tokens of more bits and the first ``num_equals`` of just these bits. Also returns how many have these
+    bits and the mass kept. Eight thresholds a pass, three bits of the answer: ten passes over a row that stays in L2.
     """
     digits = tl.arange(0, 8)[:, None]
     cut = tl.full([], 0, tl.int32)
-    for place in range(0, 10):
+    for place in range(10):
         shift = 27 - 3 * place
         sums = tl.zeros([8, BLOCK], tl.float32)
         for start in range(0, vocab_size, BLOCK):
@@ -378,7 +380,7 @@ def sampling_kernel(
 
 
 def _config(vocab_size: int) -> dict[str, int]:
-    return {"block": min(2048, max(32, triton.next_power_of_2(vocab_size))), "num_warps": 16 if vocab_size > 1024 else 4}
+    return {"block": min(1024, max(32, triton.next_power_of_2(vocab_size))), "num_warps": 8}
 
 
 def _bucket(vocab_size: int) -> str:
@@ -392,15 +394,14 @@ def _sample_triton(logits, keys, steps, temperature, top_k, top_p, min_p, repeti
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     has_penalty = seen is not None
-    if seen is not None:
-        seen = (seen if seen.stride(1) == 1 else seen.contiguous()).view(torch.uint8)
+    marks = logits if seen is None else (seen if seen.stride(1) == 1 else seen.contiguous()).view(torch.uint8)
     token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     logprobs = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
     config = tuned_config("sample", _bucket(vocab_size), _config(vocab_size))
     sampling_kernel[(num_rows,)](
-        logits, seen if has_penalty else logits, keys.to(torch.int64), steps.to(torch.int64), temperature.float(),
+        logits, marks, keys.to(torch.int64), steps.to(torch.int64), temperature.float(),
         top_k.to(torch.int32), top_p.float(), min_p.float(), repetition_penalty.float() if has_penalty else temperature,
-        token_ids, logprobs, vocab_size, logits.stride(0), seen.stride(0) if has_penalty else 0,
+        token_ids, logprobs, vocab_size, logits.stride(0), marks.stride(0),
         HAS_PENALTY=has_penalty, BLOCK=config["block"],
         NUM_BLOCKS=triton.next_power_of_2(triton.cdiv(vocab_size, config["block"])), num_warps=config["num_warps"],
     )  # fmt: skip
@@ -453,9 +454,9 @@ def sample(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws one token per row of ``logits`` [B, V]; returns (token_ids i64 [B], logprobs f32 [B]).
 
-    keys, steps i64 [B]; temperature f32 [B] (0 = greedy); top_k i32 [B] (0 = off); top_p f32 [B] (1 = off); min_p f32 [B]
-    (0 = off); repetition_penalty f32 [B] with seen bool [B, V], or neither. A row's result is independent of the other rows.
-    Raises ValueError where shapes do not fit.
+    keys, steps i64 [B]; temperature f32 [B] (0 = greedy); top_k i32 [B] (0 = off); top_p f32 [B] (1 = off); min_p f32
+    [B] (0 = off); repetition_penalty f32 [B] with seen bool [B, V], or neither. A row's result is independent of the
+    other rows. Raises ValueError where shapes do not fit.
     """
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise bad_argument("sample", "logits", f"of shape {tuple(logits.shape)}", "[B, V], V ≥ 1")
@@ -483,3 +484,95 @@ def sample(
         return keys.to(torch.int64), temperature.float()
     run = {"torch": _sample_torch, "triton": _sample_triton, "cpp": _sample_cpp}[name]
     return run(logits, keys, steps, temperature, top_k, top_p, min_p, repetition_penalty, seen)
+
+
+def _make_inputs(case: Case, device: str, dtype: torch.dtype, seed: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    num_rows, vocab_size = case["B"], case["V"]
+
+    def each(value: float | int, kind: torch.dtype) -> torch.Tensor:
+        return torch.full((num_rows,), value, dtype=kind, device=device)
+
+    inputs: dict[str, Any] = {
+        "logits": (3 * torch.randn(num_rows, vocab_size, generator=generator)).to(device, dtype),
+        "keys": torch.randint(-(2**62), 2**62, (num_rows,), generator=generator).to(device),
+        "steps": torch.arange(num_rows, device=device),
+        "temperature": each(case.get("temperature", 1.0), torch.float32),
+        "top_k": each(case.get("top_k", 0), torch.int32),
+        "top_p": each(case.get("top_p", 1.0), torch.float32),
+        "min_p": each(case.get("min_p", 0.0), torch.float32),
+    }
+    if "penalty" in case:
+        inputs["repetition_penalty"] = each(case["penalty"], torch.float32)
+        inputs["seen"] = (torch.rand(num_rows, vocab_size, generator=generator) < 0.2).to(device)
+    return inputs
+
+
+def _compile_cases(target: int) -> list[CompileCase]:
+    cases = []
+    for vocab_size, has_penalty in ((50432, False), (50432, True), (151936, False)):
+        config = tuned_config("sample", _bucket(vocab_size), _config(vocab_size))
+        cases.append(
+            CompileCase(
+                f"V={vocab_size}{' penalty' if has_penalty else ''}",
+                sampling_kernel,
+                {
+                    "logits": "*fp32",
+                    "seen": "*u8",
+                    "keys": "*i64",
+                    "steps": "*i64",
+                    "temperatures": "*fp32",
+                    "top_ks": "*i32",
+                    "top_ps": "*fp32",
+                    "min_ps": "*fp32",
+                    "penalties": "*fp32",
+                    "token_ids": "*i64",
+                    "logprobs": "*fp32",
+                    **dict.fromkeys(("vocab_size", "logits_stride", "seen_stride"), "i32"),
+                },
+                {
+                    "HAS_PENALTY": has_penalty,
+                    "BLOCK": config["block"],
+                    "NUM_BLOCKS": triton.next_power_of_2(triton.cdiv(vocab_size, config["block"])),
+                },
+                num_warps=config["num_warps"],
+                attrs=dict.fromkeys(("vocab_size", "logits_stride", "seen_stride"), 16),
+            )
+        )
+    return cases
+
+
+def _tuning(case: Case) -> tuple[str, list[dict[str, int]]]:
+    return _bucket(case["V"]), [
+        {"block": b, "num_warps": w} for b in (1024, 2048, 4096, 8192) for w in (8, 16, 32) if 2 <= b // (32 * w) <= 16
+    ]
+
+
+_EXACT = {"check": "reference", "dtype": "fp32"}
+
+SPEC = KernelSpec(
+    op="sample",
+    run=sample,
+    reference=sample_reference,
+    make_inputs=_make_inputs,
+    test_cases=(
+        {"B": 1, "V": 1},
+        {"B": 3, "V": 7, "temperature": 0.7, "top_p": 0.5},
+        {"B": 2, "V": 300, "temperature": 0.0},
+        {"B": 2, "V": 300, "temperature": 1.5, "top_k": 50, "top_p": 0.9, "min_p": 0.02},
+        {"B": 2, "V": 257, "temperature": 0.9, "top_k": 5, "penalty": 1.3},
+        {"B": 2, "V": 2051, "temperature": 0.8, "top_p": 0.95},
+        {"B": 2, "V": 2048, "temperature": 0.8, "min_p": 0.05},
+    ),
+    bench_cases=(
+        {"model": "MPT", "B": 128, "V": 50432, "temperature": 0.7, "top_p": 0.95, **_EXACT},
+        {"model": "MPT", "B": 128, "V": 50432, "temperature": 1.0, **_EXACT},
+        {"model": "MPT", "B": 128, "V": 50432, "temperature": 0.0, **_EXACT},
+        {"model": "Llama-8B", "B": 64, "V": 128256, "temperature": 0.7, "top_k": 50, "top_p": 0.95, **_EXACT},
+    ),
+    bytes=lambda case: case["B"] * case["V"] * 4,
+    flops=lambda case: 4 * case["B"] * case["V"],
+    compile_cases=_compile_cases,
+    peers={"torch": lambda **inputs: sample(**inputs, backend="torch")},
+    tuning=_tuning,
+)

@@ -14,7 +14,9 @@ class CompileCase:
     """One shipped configuration of one Triton kernel, enough to compile it for a target without a device.
 
     ``signature`` maps argument names to Triton types ("*bf16", "i32", "fp32"); ``constexprs`` the rest. ``hot`` kernels
-    must not spill. ``gemm`` kernels must use the target's matrix instruction (wgmma on 90, tcgen05 on 100).
+    must not spill. ``gemm`` kernels must use the target's matrix instruction (wgmma on 90, tcgen05 on 100). Pointers
+    are taken as 16-byte aligned; ``attrs`` maps integer arguments to what divides them (``{"stride": 16}``).
+    ``options`` are further compiler options, such as ``maxnreg``.
     """
 
     name: str
@@ -27,6 +29,7 @@ class CompileCase:
     gemm: bool = False
     attrs: Mapping[str, Any] = field(default_factory=dict)
     targets: tuple[int, ...] = (80, 90, 100)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ class KernelSpec:
     ``make_inputs(case, device, dtype, seed)`` returns the keyword arguments that ``run`` and ``reference`` both take.
     ``run`` also takes ``backend``. ``peers`` maps a name to a function of the same inputs, timed beside ours.
     ``compile_cases(target)`` lists the shipped configurations for compute capability ``target`` (80, 90, 100).
-    ``tuning(case)`` gives the shape bucket and the configurations worth timing for it (see tuning.py), where there are any.
+    ``tuning(case)`` gives the shape bucket and the configurations worth timing for it (see tuning.py), where there
+    are any.
     """
 
     op: str

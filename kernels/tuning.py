@@ -1,4 +1,5 @@
-"""Launch configurations measured on a device: ``tuned/DEVICE.json`` maps op and shape bucket to tiles, warps and stages.
+"""Launch configurations measured on a device: ``tuned/DEVICE.json`` maps op and shape bucket to tiles, warps and
+stages.
 
 Reading is all that happens while a user waits. ``specialize bench kernels --tune`` alone measures and writes.
 """
@@ -59,7 +60,8 @@ def tuned_config(op: str, bucket: str, default: Mapping[str, Any]) -> Mapping[st
 
 @contextmanager
 def override(op: str, bucket: str, config: Mapping[str, Any]) -> Iterator[None]:
-    """Runs ``op`` at ``bucket`` with ``config`` inside the block; for tuning and for tests that sweep configurations."""
+    """Runs ``op`` at ``bucket`` with ``config`` inside the block; for tuning and for tests that sweep
+    configurations."""
     before = _overrides.get((op, bucket))
     _overrides[op, bucket] = dict(config)
     try:

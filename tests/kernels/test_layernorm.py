@@ -48,7 +48,9 @@ def test_a_large_mean_does_not_cancel():
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)) + 1000
     weight = torch.ones(64)
     truth = layernorm_reference(x.double(), weight.double(), None, 1e-5)
-    assert_as_good(layernorm(x, weight, None, 1e-5, backend="triton"), layernorm_reference(x, weight, None, 1e-5), truth)
+    assert_as_good(
+        layernorm(x, weight, None, 1e-5, backend="triton"), layernorm_reference(x, weight, None, 1e-5), truth
+    )
 
 
 def test_rows_do_not_depend_on_their_neighbours():

@@ -56,9 +56,7 @@ def test_heads_inside_a_wider_projection_are_read_in_place():
     projection = torch.randn(5, 3 * 16 + 9, generator=torch.Generator().manual_seed(3))
     heads = projection[:, 4:52].unflatten(1, (3, 16))
     weight = torch.rand(16)
-    torch.testing.assert_close(
-        rmsnorm(heads, weight, 1e-6, backend="triton"), rmsnorm_reference(heads, weight, 1e-6)
-    )
+    torch.testing.assert_close(rmsnorm(heads, weight, 1e-6, backend="triton"), rmsnorm_reference(heads, weight, 1e-6))
 
 
 def test_gradient_through_heads_inside_a_wider_projection():
