@@ -163,7 +163,8 @@ def _draw(penalised, rows, keys, steps, temperature, top_k, top_p, min_p) -> tor
     def pick(tensor, index=rows):
         return tensor if every else tensor[index]
 
-    p = (pick(penalised) / pick(temperature).unsqueeze(1)).softmax(-1)
+    # A row of NaN keeps nothing; it must still give some id, and the other rows theirs.
+    p = (pick(penalised) / pick(temperature).unsqueeze(1)).softmax(-1).nan_to_num_(0.0)
     draws = uniform(pick(keys), pick(steps))
     top_k, top_p, min_p = pick(top_k), pick(top_p), pick(min_p)
     vocab_size = p.shape[1]

@@ -1,10 +1,8 @@
 import pytest
 import torch
-
+from proofs import assert_as_good, outputs_and_gradients, prove, widen
 from specialize.kernels import tuning
 from specialize.kernels.activation import GELU_SPEC, SPEC, gelu, gelu_reference, swiglu, swiglu_reference
-
-from proofs import assert_as_good, outputs_and_gradients, prove, widen
 
 SPECS = {"gelu": GELU_SPEC, "swiglu": SPEC}
 ALL = [(n, {**c, "pass": p}) for n, s in SPECS.items() for c in s.test_cases for p in ("forward", "backward")]

@@ -1,10 +1,8 @@
 import pytest
 import torch
-
+from proofs import assert_as_good, outputs_and_gradients, prove, widen
 from specialize.kernels import tuning
 from specialize.kernels.rmsnorm import SPEC, rmsnorm, rmsnorm_reference
-
-from proofs import assert_as_good, outputs_and_gradients, prove, widen
 
 ALL = [{**case, "pass": p, "train_weight": True} for case in SPEC.test_cases for p in ("forward", "backward")]
 

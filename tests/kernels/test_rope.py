@@ -1,9 +1,7 @@
 import pytest
 import torch
-
-from specialize.kernels.rope import SPEC, rope, rope_reference
-
 from proofs import prove
+from specialize.kernels.rope import SPEC, rope, rope_reference
 
 ALL = [{**case, "pass": p} for case in SPEC.test_cases for p in ("forward", "backward")]
 
