@@ -21,11 +21,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from . import cpu_prefill
 from .dispatch import bad_argument, choose_backend
 from .tuning import tuned_config
 
 OP = "attention_prefill"
-BACKENDS = ("triton", "torch", "sdpa", "flash")
+BACKENDS = ("triton", "torch", "sdpa", "flash", "cpp")
 MAX_HEAD_DIM = 256
 QUERY_BLOCK = 256  # rows of a bias tile in the torch backend: bounds its memory and skips the keys above the diagonal
 
@@ -283,10 +284,11 @@ def attention_prefill(
 
     q [T,H,D], k and v [T,K,D] with K dividing H, query_starts int32 [B+1] from 0 to T, alibi_slopes f32 [H].
     Returns out [T,H,D] like q, and with ``return_lse`` also lse f32 [T,H] (no gradient flows through lse).
-    Backends: "triton"; "torch" and "sdpa" (SDPA per sequence); "flash" (the flash-attn package, CUDA, no lse).
+    Backends: "triton"; "torch" and "sdpa" (SDPA per sequence); "flash" (the flash-attn package, CUDA, no
+    lse); "cpp" (bf16 on a CPU).
     Raises ValueError for arguments that do not fit, before any launch.
     """
-    chosen = choose_backend(OP, q, backend, BACKENDS)
+    chosen = choose_backend(OP, q, backend, BACKENDS, cpu_prefill.default_backend(q))
     check_attention(OP, q, {"k": k, "v": v}, query_starts, softmax_scale, alibi_slopes, window)
     for name, tensor in (("k", k), ("v", v)):
         if tensor.shape[0] != q.shape[0] or tensor.dim() != 3 or tensor.shape[1] != k.shape[1]:
@@ -302,6 +304,10 @@ def attention_prefill(
             q, k, v, query_starts, max_query_len, softmax_scale, alibi_slopes, window, causal
         )  # type: ignore[misc]
         return (out, lse.transpose(0, 1)) if return_lse else out
+    if chosen == "cpp":
+        if q.dtype != torch.bfloat16:
+            raise bad_argument(OP, "q", q.dtype, "bfloat16 with backend 'cpp'")
+        return cpu_prefill.attention(q, k, v, query_starts, softmax_scale, alibi_slopes, window, causal, return_lse)
     if chosen == "flash":
         if return_lse:
             raise bad_argument(OP, "return_lse", True, "False with backend 'flash'")
