@@ -230,8 +230,9 @@ class Index:
     def exact(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """As :meth:`dense`, by comparing with every embedding."""
         if self._matrix is None:
-            self._matrix = _load_matrix(self.folder, len(self), self.manifest.dim)
-        return exact_search(self._matrix, vectors, k, self.manifest.space)
+            matrix = _load_matrix(self.folder, len(self), self.manifest.dim)
+            self._matrix = _normalised(matrix) if self.manifest.space == "cosine" else matrix
+        return exact_search(self._matrix, _normalised(vectors) if self.manifest.space == "cosine" else vectors, k)
 
     def recall(self, k: int = 10, num_queries: int = 200) -> float:
         """Share of the true ``k`` nearest passages that the graph finds, over pieces of evenly spread passages as
@@ -254,11 +255,10 @@ class Index:
         return [Hit(self._store[int(n)], float(s), rank) for rank, (n, s) in enumerate(found, start=1)]
 
 
-def exact_search(matrix: np.ndarray, vectors: np.ndarray, k: int, space: str) -> tuple[np.ndarray, np.ndarray]:
-    """Best ``k`` rows of ``matrix`` for each vector, best first, ties by row number. Numbers i64 and scores f32."""
+def exact_search(matrix: np.ndarray, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Best ``k`` rows of ``matrix`` by inner product for each vector, best first, ties by row number. Numbers i64 and
+    scores f32."""
     k = min(k, len(matrix))
-    if space == "cosine":
-        matrix, vectors = _normalised(matrix), _normalised(vectors)
     numbers = np.empty((len(vectors), k), np.int64)
     scores = np.empty((len(vectors), k), np.float32)
     for start in range(0, len(vectors), 256):
@@ -492,7 +492,9 @@ def _tune_ef(graph: Any, matrix: np.ndarray, store: _Passages, embedder: Embedde
     """The smallest power-of-two ``ef`` whose recall@10 over sampled queries reaches the goal, and that recall."""
     k = min(10, len(matrix))
     vectors = np.ascontiguousarray(embedder.embed(_sample_queries(store, 200)), np.float32)
-    truth, _ = exact_search(matrix, vectors, k, space)
+    if space == "cosine":
+        matrix, vectors = _normalised(matrix), _normalised(vectors)
+    truth, _ = exact_search(matrix, vectors, k)
     ef = 32
     while True:
         graph.set_ef(max(ef, k))

@@ -195,7 +195,7 @@ def test_wrong_use(tmp_path, embedder):
 
 def test_exact_search_orders_ties_by_number():
     matrix = np.array([[1, 0], [0, 1], [1, 0], [1, 0]], np.float32)
-    numbers, _ = exact_search(matrix, np.array([[1, 0]], np.float32), 3, "cosine")
+    numbers, _ = exact_search(matrix, np.array([[1, 0]], np.float32), 3)
     assert numbers.tolist() == [[0, 2, 3]]
 
 
