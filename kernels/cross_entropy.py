@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from .dispatch import bad_argument, choose_backend, tl, triton
+from .spec import Case, CompileCase, KernelSpec
 from .tuning import tuned_config
 
 OP = "linear_cross_entropy"
@@ -261,3 +262,126 @@ def linear_cross_entropy(
     if name == "triton" and hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise bad_argument(OP, "hidden", hidden.dtype, "float32, bfloat16 or float16 with backend 'triton'")
     return _LinearCrossEntropy.apply(hidden, weight, targets, weights, logit_scale, z_loss, ignore_index, name)
+
+
+def _make_inputs(case: Case, device: str, dtype: torch.dtype, seed: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    num_rows, channels, vocabulary = case["N"], case["C"], case["V"]
+    wants_grad = case.get("pass", "forward") != "forward"
+    targets = torch.randint(0, vocabulary, (num_rows,), generator=generator)
+    if case.get("ignored"):
+        targets[torch.rand(num_rows, generator=generator) < case["ignored"]] = -100
+    inputs: dict[str, Any] = {
+        "hidden": torch.randn(num_rows, channels, generator=generator).to(device, dtype).requires_grad_(wants_grad),
+        "weight": torch.randn(vocabulary, channels, generator=generator).mul_(3 * channels**-0.5).to(device, dtype),
+        "targets": targets.to(device),
+        "logit_scale": case.get("logit_scale", 1.0),
+        "z_loss": case.get("z_loss", 0.0),
+    }
+    if case.get("train_weight"):
+        inputs["weight"].requires_grad_()
+    if case.get("weights"):
+        inputs["weights"] = torch.rand(num_rows, generator=generator).to(device)
+    return inputs
+
+
+class _GemmsAlone(torch.autograd.Function):
+    """The two GEMMs in chunks and nothing else: what the loss cannot do without."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden, weight):  # type: ignore[override]
+        gradient = torch.empty_like(hidden)
+        step = TRITON_DEFAULT["ROWS"]
+        for start in range(0, hidden.shape[0], step):
+            logits = torch.mm(hidden[start : start + step], weight.t())
+            if ctx.needs_input_grad[0]:
+                torch.mm(logits, weight, out=gradient[start : start + step])
+        ctx.save_for_backward(gradient)
+        return hidden.new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor):  # type: ignore[override]
+        return ctx.saved_tensors[0], None
+
+
+def _unfused(hidden, weight, targets, logit_scale=1.0, z_loss=0.0, weights=None) -> torch.Tensor:
+    logits = (hidden @ weight.t()).float() * logit_scale
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+
+
+def _bytes(case: Case) -> int:
+    gemms = 1 if case.get("pass", "forward") == "forward" else 2
+    chunks = -(-case["N"] // TRITON_DEFAULT["ROWS"])
+    return 2 * gemms * (case["N"] * (case["C"] + case["V"]) + chunks * case["V"] * case["C"])
+
+
+def _flops(case: Case) -> int:
+    return 2 * case["N"] * case["V"] * case["C"] * (1 if case.get("pass", "forward") == "forward" else 2)
+
+
+def _compile_cases(target: int) -> list[CompileCase]:
+    config = TRITON_DEFAULT
+    return [
+        CompileCase(
+            f"loss, gradient {want}",
+            _loss_kernel,
+            {
+                "logits_ptr": "*bf16",
+                "targets_ptr": "*i64",
+                "weights_ptr": "*fp32",
+                "losses_ptr": "*fp32",
+                "V": "i32",
+                "stride": "i32",
+                "logit_scale": "fp32",
+                "z_loss": "fp32",
+            },
+            {"HAS_WEIGHTS": True, "WANT_GRADIENT": want, "BLOCK": config["BLOCK"]},
+            num_warps=config["warps"],
+            attrs={"V": 16, "stride": 16},
+        )
+        for want in (True, False)
+    ]
+
+
+def _tuning(case: Case) -> tuple[str, list[dict[str, Any]]]:
+    return f"vocabulary {triton.next_power_of_2(case['V'])}", [
+        {"ROWS": rows, "BLOCK": block, "warps": warps}
+        for rows in (1024, 2048)
+        for block, warps in ((2048, 4), (4096, 8), (8192, 8), (8192, 16), (16384, 16))
+    ]
+
+
+SPEC = KernelSpec(
+    op="linear_cross_entropy",
+    run=linear_cross_entropy,
+    reference=linear_cross_entropy_reference,
+    make_inputs=_make_inputs,
+    test_cases=(
+        {"N": 1, "C": 1, "V": 1, "pass": "both"},
+        {"N": 33, "C": 17, "V": 257, "pass": "both"},
+        {"N": 130, "C": 16, "V": 1031, "pass": "both", "ignored": 0.4, "weights": True},
+        {"N": 64, "C": 24, "V": 129, "pass": "both", "ignored": 0.2, "z_loss": 0.01, "logit_scale": 0.5},
+        {"N": 40, "C": 32, "V": 100, "pass": "both", "train_weight": True, "weights": True, "logit_scale": 2.0},
+        {"N": 10, "C": 8, "V": 50, "ignored": 1.0, "pass": "both"},
+        {"N": 0, "C": 8, "V": 50, "pass": "both"},
+        {"N": 20, "C": 8, "V": 4099},
+    ),
+    bench_cases=tuple(
+        {"model": m, "N": n, "C": c, "V": v, "pass": "both", "priority": p, "check_at": {"N": 256}}
+        for m, n, c, v, p in (
+            ("MPT-7B", 8192, 4096, 50432, 1),
+            ("MPT-30B", 8192, 7168, 50432, 5),
+            ("Llama-8B", 8192, 4096, 128256, 5),
+            ("SmolLM2-135M", 8192, 576, 49152, 5),
+        )
+    ),
+    bytes=_bytes,
+    flops=_flops,
+    compile_cases=_compile_cases,
+    peers={
+        "unfused": _unfused,
+        "floor: GEMMs": lambda hidden, weight, **_: _GemmsAlone.apply(hidden, weight),
+    },
+    row_invariant=False,
+    tuning=_tuning,
+)

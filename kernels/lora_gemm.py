@@ -16,8 +16,11 @@ from typing import Any
 import torch
 
 from .dispatch import tl, triton
+from .spec import CompileCase
 
 GEMM_DEFAULT = {"BM": 128, "BN": 256, "BK": 64, "GROUP": 8, "PARTS": 2, "FLATTEN": True, "warps": 8, "stages": 3}
+# Hopper and later; before, tiles that fit 255 registers and 99 KiB
+GEMM_AMPERE = {"BM": 128, "BN": 128, "BK": 32, "GROUP": 8, "PARTS": 1, "FLATTEN": False, "warps": 8, "stages": 4}
 SHRINK_DEFAULT = {"BM": 64, "BK": 128, "warps": 4, "stages": 4}
 GRADIENT_DEFAULT = {"BT": 64, "BK": 128, "SPLITS": 8, "warps": 4, "stages": 4}
 
@@ -138,6 +141,19 @@ def _gradient_kernel(
     rank = tl.arange(0, R)
     target = d_ptr + split.to(tl.int64) * K * R + channel[:, None] * stride_dk + rank[None, :] * stride_dr
     tl.store(target, acc, mask=(channel < K)[:, None])
+
+
+def gemm_default(target: int) -> dict[str, Any]:
+    """Tiles for a compute capability (80, 90, 100)."""
+    return GEMM_DEFAULT if target >= 90 else GEMM_AMPERE
+
+
+def capability(tensor: torch.Tensor) -> int:
+    """The device's compute capability as a number; what is no CUDA device runs as the newest."""
+    if not tensor.is_cuda:
+        return 90
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor
 
 
 def fits(*tensors: torch.Tensor) -> bool:
@@ -268,3 +284,89 @@ def gradient(
         num_stages=config["stages"],
     )
     return parts[0] if splits == 1 else parts.sum(0)
+
+
+def _descriptor(rows: int, columns: int) -> str:
+    return f"tensordesc<bf16[{rows}, {columns}]>"
+
+
+def compile_cases(target: int) -> list[CompileCase]:
+    """The shipped tiles at rank 16 and 64, both orders of W."""
+    cases = []
+    sizes = dict.fromkeys(("T", "N", "K"), "i32")
+    for rank in (16, 64):
+        for rows_are_k in (False, True):
+            config = gemm_default(target)
+            bm, bn, bk, br = config["BM"], config["BN"], config["BK"], min(rank, 64)
+            signature = {
+                "x_desc": _descriptor(bm, bk),
+                "w_desc": _descriptor(bk, bn) if rows_are_k else _descriptor(bn, bk),
+                "h_desc": _descriptor(bm, br),
+                "b_desc": _descriptor(br, bn) if rows_are_k else _descriptor(bn, br),
+                "y_desc": _descriptor(bm, bn // config["PARTS"]),
+                "bias_ptr": "*bf16",
+                **sizes,
+            }
+            constants = {
+                "R": rank,
+                "HAS_BIAS": not rows_are_k,
+                "W_ROWS_ARE_K": rows_are_k,
+                "BR": br,
+                "NUM_PROGRAMS": 132,
+                "PRECISION": "tf32",
+                **{k: config[k] for k in ("BM", "BN", "BK", "GROUP", "PARTS", "FLATTEN")},
+            }
+            cases.append(
+                CompileCase(
+                    f"gemm_add {'backward' if rows_are_k else 'forward'} R={rank}",
+                    _gemm_add_kernel,
+                    signature,
+                    constants,
+                    num_warps=config["warps"],
+                    num_stages=config["stages"],
+                    gemm=True,
+                )
+            )
+        config = SHRINK_DEFAULT
+        cases.append(
+            CompileCase(
+                f"shrink R={rank}",
+                _shrink_kernel,
+                {
+                    "x_desc": _descriptor(config["BM"], config["BK"]),
+                    "a_ptr": "*bf16",
+                    "h_ptr": "*bf16",
+                    "T": "i32",
+                    "K": "i32",
+                    "scaling": "fp32",
+                },
+                {
+                    "stride_ar": 4096,
+                    "stride_ak": 1,
+                    "R": rank,
+                    "PRECISION": "tf32",
+                    **{k: config[k] for k in ("BM", "BK")},
+                },
+                num_warps=config["warps"],
+                num_stages=config["stages"],
+                gemm=True,
+            )
+        )
+        config = GRADIENT_DEFAULT
+        cases.append(
+            CompileCase(
+                f"gradient R={rank}",
+                _gradient_kernel,
+                {
+                    "x_desc": _descriptor(config["BT"], config["BK"]),
+                    "h_desc": _descriptor(config["BT"], rank),
+                    "d_ptr": "*fp32",
+                    **dict.fromkeys(("T", "K", "tokens_per_split", "stride_dk", "stride_dr"), "i32"),
+                },
+                {"R": rank, "PRECISION": "tf32", **{k: config[k] for k in ("BT", "BK")}},
+                num_warps=config["warps"],
+                num_stages=config["stages"],
+                gemm=True,
+            )
+        )
+    return cases

@@ -6,10 +6,13 @@ query_starts i32 [B+1]. Adapters of lower rank are padded with zeros to R. In pl
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn.functional import linear
 
 from .dispatch import bad_argument, choose_backend, tl, triton
+from .spec import Case, CompileCase, KernelSpec
 from .tuning import tuned_config
 
 OP = "lora_grouped_add_"
@@ -337,3 +340,175 @@ def lora_grouped_add_(
     if adapter_index.device != x.device or query_starts.device != x.device:
         raise bad_argument(OP, "adapter_index", f"on {adapter_index.device}", f"on {x.device}, as x and query_starts")
     return _add_triton(y, x, a, b, scalings, adapter_index, query_starts, max_query_len)
+
+
+def _segments(case: Case, generator: torch.Generator) -> tuple[list[int], torch.Tensor]:
+    """Query lengths, and each sequence's adapter: all the same, all different, uniform with holes, or skewed."""
+    lens = list(case["lens"]) if "lens" in case else [1] * case["B"]
+    num_sequences, num_adapters = len(lens), case["N"]
+    kind = case.get("segments", "uniform")
+    if kind == "same":
+        index = torch.zeros(num_sequences, dtype=torch.int64)
+    elif kind == "different":
+        index = torch.arange(num_sequences) % num_adapters
+    elif kind == "skewed":
+        index = (torch.rand(num_sequences, generator=generator).pow(4) * num_adapters).long()
+    elif kind == "none":
+        index = torch.full((num_sequences,), -1)
+    else:
+        index = torch.randint(-1, num_adapters, (num_sequences,), generator=generator)
+    return lens, index.int()
+
+
+def _make_inputs(case: Case, device: str, dtype: torch.dtype, seed: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    lens, index = _segments(case, generator)
+    num_in, num_out, rank, num_adapters = case["in"], case["out"], case["R"], case["N"]
+    starts = torch.tensor([0, *lens]).cumsum(0).int()
+
+    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).mul_(scale).to(device, dtype)
+
+    return {
+        "weight": normal(num_out, num_in, scale=num_in**-0.5),
+        "x": normal(sum(lens), num_in),
+        "a": normal(num_adapters, rank, num_in, scale=num_in**-0.5),
+        "b": normal(num_adapters, num_out, rank, scale=rank**-0.5),
+        "scalings": (torch.rand(num_adapters, generator=generator) + 0.5).to(device),
+        "adapter_index": index.to(device),
+        "query_starts": starts.to(device),
+        "max_query_len": max(lens, default=0),
+    }
+
+
+def _linear_then_add(weight, x, backend=None, **inputs) -> torch.Tensor:
+    return lora_grouped_add_(linear(x, weight), x, **inputs, backend=backend)
+
+
+def _linear_then_add_reference(weight, x, **inputs) -> torch.Tensor:
+    return lora_grouped_add_reference(linear(x, weight), x, **inputs)
+
+
+def _num_tokens(case: Case) -> int:
+    return sum(case["lens"]) if "lens" in case else case["B"]
+
+
+def _compile_cases(target: int) -> list[CompileCase]:
+    pointers = {"adapter_ptr": "*i32", "starts_ptr": "*i32"}
+    cases = []
+    for rank in (16, 64):
+        token, tile = TOKEN_DEFAULT, TILE_DEFAULT
+        cases += [
+            CompileCase(
+                f"shrink, a token a program, R={rank}",
+                _shrink_token_kernel,
+                {
+                    "x_ptr": "*bf16",
+                    "a_ptr": "*bf16",
+                    "adapter_ptr": "*i32",
+                    "h_ptr": "*fp32",
+                    **dict.fromkeys(("T", "K", "stride_x"), "i32"),
+                },
+                {"R": rank, "BK": token["BK"] * 16 // rank},
+                num_warps=token["shrink_warps"],
+                attrs={"K": 16, "stride_x": 16},
+            ),
+            CompileCase(
+                f"expand, a token a program, R={rank}",
+                _expand_token_kernel,
+                {
+                    "y_ptr": "*bf16",
+                    "h_ptr": "*fp32",
+                    "b_ptr": "*bf16",
+                    "scale_ptr": "*fp32",
+                    "adapter_ptr": "*i32",
+                    **dict.fromkeys(("T", "N", "stride_y"), "i32"),
+                },
+                {"R": rank, "SPLITS": 8, "SPLIT_BLOCK": 8, "BN": token["BN"] * 16 // rank},
+                num_warps=token["expand_warps"],
+                attrs={"N": 16, "stride_y": 16},
+            ),
+            CompileCase(
+                f"shrink, a tile of tokens, R={rank}",
+                _shrink_tile_kernel,
+                {
+                    "x_ptr": "*bf16",
+                    "a_ptr": "*bf16",
+                    **pointers,
+                    "h_ptr": "*fp32",
+                    **dict.fromkeys(("T", "K", "B", "stride_x"), "i32"),
+                },
+                {"R": rank, "BT": tile["BT"], "BK": min(tile["BK"], 8192 // rank), "BLOCK_B": 64, "PRECISION": "tf32"},
+                num_warps=tile["warps"],
+                num_stages=tile["stages"],
+                attrs={"K": 16, "stride_x": 16},
+            ),
+            CompileCase(
+                f"expand, a tile of tokens, R={rank}",
+                _expand_tile_kernel,
+                {
+                    "y_ptr": "*bf16",
+                    "h_ptr": "*fp32",
+                    "b_ptr": "*bf16",
+                    "scale_ptr": "*fp32",
+                    **pointers,
+                    **dict.fromkeys(("T", "N", "B", "stride_y"), "i32"),
+                },
+                {"R": rank, "BT": tile["BT"], "BN": tile["BN"], "BLOCK_B": 64, "PRECISION": "tf32"},
+                num_warps=tile["warps"],
+                num_stages=tile["stages"],
+                attrs={"N": 16, "stride_y": 16},
+            ),
+        ]
+    return cases
+
+
+SPEC = KernelSpec(
+    op="lora_grouped_add_",
+    run=_linear_then_add,
+    reference=_linear_then_add_reference,
+    make_inputs=_make_inputs,
+    test_cases=(
+        *(
+            {"B": 9, "in": 70, "out": 130, "R": 7, "N": 3, "segments": s}
+            for s in ("same", "different", "uniform", "skewed", "none")
+        ),
+        *(
+            {"lens": (3, 0, 17, 1, 40), "in": 70, "out": 130, "R": 16, "N": 5, "segments": s}
+            for s in ("same", "different", "uniform", "skewed", "none")
+        ),
+        {"lens": (), "in": 16, "out": 16, "R": 4, "N": 2},
+        {"B": 1, "in": 1, "out": 1, "R": 1, "N": 1, "segments": "same"},
+    ),
+    bench_cases=(
+        *(
+            {"model": "MPT-7B", "B": 64, "in": i, "out": o, "R": 16, "N": 16, "segments": "different", "priority": p}
+            for i, o, p in ((4096, 12288, 1), (4096, 4096, 5), (4096, 16384, 1), (16384, 4096, 5))
+        ),
+        {
+            "model": "MPT-7B prefill",
+            "lens": (512,) * 4,
+            "in": 4096,
+            "out": 4096,
+            "R": 16,
+            "N": 4,
+            "segments": "different",
+        },
+        {"model": "SmolLM2-135M", "B": 64, "in": 576, "out": 1536, "R": 8, "N": 16, "segments": "different"},
+    ),
+    bytes=lambda case: (
+        2
+        * (
+            case["in"] * case["out"]
+            + case["N"] * case["R"] * (case["in"] + case["out"])
+            + _num_tokens(case) * (case["in"] + case["out"])
+        )
+    ),
+    flops=lambda case: 2 * _num_tokens(case) * (case["in"] * case["out"] + case["R"] * (case["in"] + case["out"])),
+    compile_cases=_compile_cases,
+    peers={
+        "one by one": lambda **inputs: _linear_then_add(**inputs, backend="torch"),
+        "floor: no adapter": lambda weight, x, **_: linear(x, weight),
+    },
+    row_invariant=False,
+)

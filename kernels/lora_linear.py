@@ -16,9 +16,20 @@ import torch
 from torch.nn.functional import linear
 
 from .dispatch import bad_argument, choose_backend, triton
-from .lora_gemm import GEMM_DEFAULT, GRADIENT_DEFAULT, SHRINK_DEFAULT, fits, gemm_add, gradient, shrink
+from .lora_gemm import (
+    GRADIENT_DEFAULT,
+    SHRINK_DEFAULT,
+    capability,
+    compile_cases,
+    fits,
+    gemm_add,
+    gemm_default,
+    gradient,
+    shrink,
+)
 from .lora_grouped import lora_grouped_add_ as lora_grouped_add_
-from .quantized_linear import QuantizedWeight, dequantize
+from .quantized_linear import QUANTIZERS, QuantizedWeight, dequantize
+from .spec import Case, KernelSpec
 from .tuning import tuned_config
 
 OP = "lora_linear"
@@ -85,7 +96,9 @@ class _LoraLinearTriton(torch.autograd.Function):
         a_, b_ = _padded(a, b, x.dtype)
         dense = dequantize(weight, x.dtype, backend="triton")
         h = shrink(x, a_, scaling, config=tuned_config(OP, "shrink", SHRINK_DEFAULT))
-        y = gemm_add(x, dense, h, b_, bias, rows_are_k=False, config=tuned_config(OP, "forward", GEMM_DEFAULT))
+        y = gemm_add(
+            x, dense, h, b_, bias, rows_are_k=False, config=tuned_config(OP, "forward", gemm_default(capability(x)))
+        )
         ctx.save_for_backward(x, h, a_, b_, weight if isinstance(weight, torch.Tensor) else None)
         ctx.weight = None if isinstance(weight, torch.Tensor) else weight
         ctx.scaling, ctx.rank, ctx.dtypes = scaling, a.shape[0], (a.dtype, b.dtype)
@@ -99,10 +112,18 @@ class _LoraLinearTriton(torch.autograd.Function):
         if not fits(dy):
             dy = dy.contiguous()
         g = shrink(dy, b_.t(), ctx.scaling, config=tuned_config(OP, "shrink", SHRINK_DEFAULT))
-        config = tuned_config(OP, "gradient", GRADIENT_DEFAULT)
         if need_x:
             dense = weight if weight is not None else dequantize(ctx.weight, x.dtype, backend="triton")
-            dx = gemm_add(dy, dense, g, a_, None, rows_are_k=True, config=tuned_config(OP, "backward", GEMM_DEFAULT))
+            dx = gemm_add(
+                dy,
+                dense,
+                g,
+                a_,
+                None,
+                rows_are_k=True,
+                config=tuned_config(OP, "backward", gemm_default(capability(x))),
+            )
+        config = tuned_config(OP, "gradient", GRADIENT_DEFAULT)
         if need_a:
             da = gradient(x, g, transposed=True, config=config)[: ctx.rank].to(ctx.dtypes[0])
         if need_b:
@@ -157,3 +178,81 @@ def lora_linear(
     if name == "triton" and _fused(x, weight, a):
         return _LoraLinearTriton.apply(x, weight, bias, a, b, float(scaling))
     return _LoraLinearTorch.apply(x, weight, bias, a, b, float(scaling))
+
+
+def _make_inputs(case: Case, device: str, dtype: torch.dtype, seed: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    num_in, num_out, rank = case["in"], case["out"], case["R"]
+    wants_grad = case.get("pass", "forward") != "forward"
+
+    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).mul_(scale).to(device)
+
+    weight: Any = normal(num_out, num_in, scale=num_in**-0.5)
+    form = case.get("format", "dense")
+    weight = weight.to(dtype) if form == "dense" else QUANTIZERS[form](weight)
+    return {
+        "x": normal(case["T"], num_in).to(dtype).requires_grad_(wants_grad),
+        "weight": weight,
+        "bias": normal(num_out).to(dtype) if case.get("bias") else None,
+        "a": normal(rank, num_in, scale=num_in**-0.5).requires_grad_(wants_grad),
+        "b": normal(num_out, rank, scale=rank**-0.5).requires_grad_(wants_grad),
+        "scaling": 0.5,
+    }
+
+
+def _flops(case: Case) -> int:
+    frozen = 2 * case["T"] * case["in"] * case["out"]
+    update = 2 * case["T"] * case["R"] * (case["in"] + case["out"])
+    return {"forward": frozen + update, "backward": frozen + 2 * update, "both": 2 * frozen + 3 * update}[
+        case.get("pass", "forward")
+    ]
+
+
+def _bytes(case: Case) -> int:
+    size = 4 if case.get("dtype") == "fp32" else 2
+    x, y, w = case["T"] * case["in"], case["T"] * case["out"], case["in"] * case["out"]
+    forward, backward = x + y + w, 2 * x + y + w
+    return size * {"forward": forward, "backward": backward, "both": forward + backward}[case.get("pass", "forward")]
+
+
+def _frozen_gemms(x, weight, bias, a, b, scaling) -> torch.Tensor:
+    return linear(x, dequantize(weight, x.dtype), bias)
+
+
+SPEC = KernelSpec(
+    op="lora_linear",
+    run=lora_linear,
+    reference=lora_linear_reference,
+    make_inputs=_make_inputs,
+    test_cases=(
+        {"T": 1, "in": 16, "out": 16, "R": 1, "pass": "both"},
+        {"T": 37, "in": 80, "out": 136, "R": 5, "bias": True, "pass": "both"},
+        {"T": 129, "in": 72, "out": 264, "R": 16, "pass": "both"},
+        {"T": 31, "in": 17, "out": 29, "R": 3, "bias": True, "pass": "both"},
+        {"T": 65, "in": 64, "out": 40, "R": 65, "pass": "both"},
+        {"T": 0, "in": 32, "out": 32, "R": 8, "pass": "both"},
+        {"T": 40, "in": 128, "out": 72, "R": 8, "format": "nf4", "pass": "both"},
+        {"T": 40, "in": 128, "out": 72, "R": 8, "format": "int8", "pass": "both"},
+        {"T": 40, "in": 128, "out": 72, "R": 8, "format": "fp8", "pass": "both"},
+    ),
+    bench_cases=(
+        {"model": "MPT-7B", "T": 8192, "in": 4096, "out": 4096, "R": 16, "pass": "both", "priority": 1},
+        {"model": "MPT-7B", "T": 8192, "in": 4096, "out": 4096, "R": 16},
+        {"model": "MPT-7B", "T": 8192, "in": 4096, "out": 16384, "R": 16, "pass": "both"},
+        {"model": "MPT-7B", "T": 8192, "in": 16384, "out": 4096, "R": 16, "pass": "both"},
+        {"model": "MPT-30B", "T": 8192, "in": 7168, "out": 7168, "R": 16, "pass": "both"},
+        {"model": "MPT-30B NF4", "T": 8192, "in": 7168, "out": 7168, "R": 16, "pass": "both", "format": "nf4"},
+        {"model": "Llama-8B", "T": 8192, "in": 4096, "out": 14336, "R": 16, "pass": "both"},
+        {"model": "SmolLM2-135M", "T": 8192, "in": 576, "out": 1536, "R": 8, "pass": "both"},
+    ),
+    bytes=_bytes,
+    flops=_flops,
+    compile_cases=compile_cases,
+    peers={
+        "unfused": lora_linear_reference,
+        "library": lambda **inputs: lora_linear(**inputs, backend="torch"),
+        "floor: frozen GEMMs": _frozen_gemms,
+    },
+    row_invariant=False,
+)

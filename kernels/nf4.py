@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from .dispatch import bad_argument, choose_backend, tl, triton
+from .spec import Case, CompileCase, KernelSpec
 
 BLOCK = 64
 SCALE_BLOCK = 256
@@ -230,3 +231,43 @@ def dequantize_nf4(
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise bad_argument("dequantize_nf4", "dtype", dtype, "float32, bfloat16 or float16 with backend 'triton'")
     return _dequantize_triton(weight, dtype, DEQUANTIZE_DEFAULT)
+
+
+def _make_inputs(case: Case, device: str, dtype: torch.dtype, seed: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(case["out"], case["in"], generator=generator).to(device)
+    return {"weight": quantize_nf4(w), "dtype": dtype}
+
+
+def _compile_cases(target: int) -> list[CompileCase]:
+    config = DEQUANTIZE_DEFAULT
+    return [
+        CompileCase(
+            "dequantize",
+            _dequantize_kernel,
+            {
+                "codes_ptr": "*u8",
+                "index_ptr": "*u8",
+                **dict.fromkeys(("scale_ptr", "offset_ptr", "map_ptr", "codebook_ptr"), "*fp32"),
+                "w_ptr": "*bf16",
+                "num_out": "i32",
+                "num_blocks": "i32",
+            },
+            {"BN": config["BN"], "BLOCKS": config["BLOCKS"]},
+            num_warps=config["warps"],
+            attrs={"num_out": 16},
+        )
+    ]
+
+
+SPEC = KernelSpec(
+    op="dequantize_nf4",
+    run=dequantize_nf4,
+    reference=dequantize_nf4_reference,
+    make_inputs=_make_inputs,
+    test_cases=({"out": 1, "in": 64}, {"out": 33, "in": 192}, {"out": 129, "in": 576}),
+    bench_cases=({"model": "MPT-7B", "out": 16384, "in": 4096}, {"model": "MPT-30B", "out": 7168, "in": 7168}),
+    bytes=lambda case: int(case["out"] * case["in"] * (2 + 4.127 / 8)),
+    flops=lambda case: case["out"] * case["in"],
+    compile_cases=_compile_cases,
+)

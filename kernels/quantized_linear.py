@@ -19,13 +19,15 @@ from typing import Any, TypeAlias
 import torch
 from torch.nn.functional import linear
 
-from .channelwise import ChannelWeight, dequantize_channelwise
+from .channelwise import ChannelWeight, dequantize_channelwise, quantize_fp8, quantize_int8
 from .dispatch import bad_argument, choose_backend, tl, triton
-from .nf4 import BLOCK, CODEBOOK, NF4Weight, check_nf4, dequantize_nf4, tables
+from .nf4 import BLOCK, CODEBOOK, NF4Weight, check_nf4, dequantize_nf4, quantize_nf4, tables
+from .spec import Case, CompileCase, KernelSpec
 from .tuning import tuned_config
 
 OP = "quantized_linear"
 QuantizedWeight: TypeAlias = NF4Weight | ChannelWeight
+QUANTIZERS = {"nf4": quantize_nf4, "int8": quantize_int8, "fp8": quantize_fp8}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -351,3 +353,109 @@ def quantized_linear(
     if x.stride(1) != 1:
         x = x.contiguous()
     return _few_rows(x, weight, bias, config)
+
+
+def _make_inputs(case: Case, device: str, dtype: torch.dtype, seed: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    num_out = case["out"]
+    w = torch.randn(num_out, case["in"], generator=generator).to(device)
+    return {
+        "x": torch.randn(case["T"], case["in"], generator=generator).to(device, dtype),
+        "weight": QUANTIZERS[case["format"]](w),
+        "bias": torch.randn(num_out, generator=generator).to(device, dtype) if case.get("bias") else None,
+    }
+
+
+def _bytes(case: Case) -> int:
+    weight_bits = {"nf4": 4 + 8 / 64 + 32 / 16384, "int8": 8, "fp8": 8}[case["format"]]
+    return int(case["in"] * case["out"] * weight_bits / 8) + 2 * case["T"] * (case["in"] + case["out"])
+
+
+def _compile_cases(target: int) -> list[CompileCase]:
+    cases = []
+    pointers = {"bias_ptr": "*bf16", "y_ptr": "*bf16", "parts_ptr": "*fp32", "counter_ptr": "*i32"}
+    for rows in (16, 64):
+        for kind in ("nf4", "int8", "fp8"):
+            config = tuned_config(OP, f"{kind} large {rows}", DEFAULT)
+            constants = {"HAS_BIAS": True, "SPLITS": 4, "BN": config["BN"], "BT": rows, "PRECISION": "tf32"}
+            if kind == "nf4":
+                kernel = _nf4_kernel
+                signature = {
+                    "x_ptr": "*bf16",
+                    "codes_ptr": "*u8",
+                    "index_ptr": "*u8",
+                    **dict.fromkeys(("scale_ptr", "offset_ptr", "map_ptr", "codebook_ptr"), "*fp32"),
+                    **pointers,
+                    **dict.fromkeys(("T", "N", "num_blocks", "stride_x", "blocks_per_split"), "i32"),
+                }
+                constants["LOOKUP"] = lookup_assembly(torch.bfloat16)
+                attrs = dict.fromkeys(("N", "stride_x"), 16)
+            else:
+                kernel = _channel_kernel
+                signature = {
+                    "x_ptr": "*bf16",
+                    "w_ptr": "*u8" if kind == "fp8" else "*i8",
+                    "scale_ptr": "*fp32",
+                    **pointers,
+                    **dict.fromkeys(("T", "N", "K", "stride_x", "stride_w", "k_per_split"), "i32"),
+                }
+                constants |= {"BK": config["BK"], "FP8": kind == "fp8"}
+                attrs = dict.fromkeys(("N", "K", "stride_x", "stride_w", "k_per_split"), 16)
+            cases.append(
+                CompileCase(
+                    f"{kind} rows={rows}",
+                    kernel,
+                    signature,
+                    constants,
+                    num_warps=config["warps"],
+                    num_stages=config["stages"],
+                    gemm=True,
+                    attrs=attrs,
+                )
+            )
+    return cases
+
+
+def _tuning(case: Case) -> tuple[str, list[dict[str, Any]]]:
+    size = "large" if case["out"] * case["in"] > 1 << 25 else "small"
+    bucket = f"{case['format']} {size} {max(16, triton.next_power_of_2(case['T']))}"
+    tiles = [(32, 64, 2), (64, 64, 4), (128, 64, 4), (128, 64, 8)]
+    if case["format"] != "nf4":
+        tiles += [(64, 128, 4), (128, 128, 8)]
+    return bucket, [
+        {**DEFAULT, "BN": bn, "BK": bk, "warps": warps, "PER_SM": per_sm, "stages": stages}
+        for bn, bk, warps in tiles
+        for per_sm in (2, 4, 8)
+        for stages in (3, 5)
+    ]
+
+
+SPEC = KernelSpec(
+    op="quantized_linear",
+    run=quantized_linear,
+    reference=quantized_linear_reference,
+    make_inputs=_make_inputs,
+    test_cases=tuple(
+        {"T": t, "in": i, "out": o, "format": f, "bias": b}
+        for t, i, o, b in (
+            (1, 64, 7, False),
+            (5, 576, 130, True),
+            (17, 320, 65, True),
+            (65, 128, 33, True),
+            (0, 64, 8, True),
+        )
+        for f in ("nf4", "int8", "fp8")
+    ),
+    bench_cases=tuple(
+        {"model": model, "T": t, "in": i, "out": o, "format": f, "priority": 1 if f == "nf4" and t <= 16 else 5}
+        for model, i, o in (("MPT-7B", 4096, 16384), ("MPT-7B", 4096, 4096), ("MPT-30B", 7168, 28672))
+        for t in (1, 16, 64)
+        for f in ("nf4", "int8", "fp8")
+    ),
+    bytes=_bytes,
+    flops=lambda case: 2 * case["T"] * case["in"] * case["out"],
+    compile_cases=_compile_cases,
+    peers={"dequantise, GEMM": lambda x, weight, bias: linear(x, dequantize(weight, x.dtype), bias)},
+    row_invariant=False,
+    tuning=_tuning,
+)
