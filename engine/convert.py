@@ -69,7 +69,7 @@ def _load_bin(file: Path) -> dict[str, torch.Tensor]:
     except pickle.UnpicklingError:
         raise InputError(f"{file}: holds more than tensors, or is no torch checkpoint; it is not read") from None
     except (RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{file}: not a whole torch checkpoint ({reason}); fetch it again") from None
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise InputError(f"{file}: does not map names to tensors")

@@ -79,7 +79,7 @@ class Embedder:
         *,
         backend: str | None = None,
     ) -> Embedder:
-        """Reads a folder with config.json, model.safetensors and tokenizer.json. Raises InputError for anything else."""
+        """Reads a folder with config.json, model.safetensors, tokenizer.json. Raises InputError for anything else."""
         return Embedder(path, dtype=dtype, device=device, backend=backend)
 
     def _load(self, tensors: SafetensorsFolder, config: dict[str, Any], folder: Path) -> None:
@@ -100,6 +100,11 @@ class Embedder:
         def norm(name: str) -> _Norm:
             return _Norm(take(name + ".weight"), take(name + ".bias"))
 
+        for name, rows in (("word", config["vocab_size"]), ("position", config["max_position_embeddings"])):
+            full = f"{prefix}embeddings.{name}_embeddings.weight"
+            if full in tensors and tensors.shapes[full] != (rows, self.dim):
+                found, wanted = tensors.shapes[full], (rows, self.dim)
+                raise InputError(f"{folder}: {full} has shape {found}, the config calls for {wanted}")
         self._words = take("embeddings.word_embeddings.weight")
         # Every token is of type 0, so that row is part of the positions.
         types = take("embeddings.token_type_embeddings.weight")

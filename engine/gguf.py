@@ -6,6 +6,7 @@ The header is parsed here, with every length checked against the file's size; th
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from collections.abc import Iterator, Mapping
@@ -41,7 +42,7 @@ class _TensorInfo:
 
     @property
     def num_bytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) // self.block_size * self.block_bytes
+        return math.prod(self.shape) // self.block_size * self.block_bytes
 
 
 class _Cursor:

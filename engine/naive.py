@@ -69,7 +69,8 @@ def naive_generate(
                 finish_reason = "stop"
                 break
     if tokenizer is not None:
-        text = tokenizer.decode(ids)
+        ended = finish_reason == "stop" and ids[-1] in eos_ids and not params.ignore_eos
+        text = tokenizer.decode(ids[:-1] if ended else ids)
         cuts = [text.find(stop) for stop in params.stop if stop in text]
         text = text[: min(cuts)] if cuts else text
     return Completion(

@@ -48,7 +48,8 @@ def byte_alphabet() -> dict[str, int]:
 
 
 class Tokenizer:
-    """A model's tokenizer. ``eos_ids`` end a generation; ``chat_template`` is None where the model carries none."""
+    """A model's tokenizer. ``eos_ids`` end a generation; ``vocab_size`` is one more than the largest token id;
+    ``chat_template`` is None where the model carries none."""
 
     def __init__(
         self,
@@ -68,6 +69,7 @@ class Tokenizer:
         self._special = frozenset(i for i, token in added.items() if token.special)
         self._byte_level = isinstance(backend.decoder, decoders.ByteLevel)
         self._alphabet = byte_alphabet()
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     @staticmethod
     def from_pretrained(path: str | Path) -> Tokenizer:
@@ -78,11 +80,6 @@ class Tokenizer:
 
             return tokenizer_from_gguf(GGUFFile(path).metadata, str(path))
         return _from_folder(path)
-
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest token id."""
-        return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     @property
     def fingerprint(self) -> str:
@@ -287,8 +284,9 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str]) -> Backend:
     model = models.BPE(vocab=vocab, merges=merges, unk_token=tokens[unknown], fuse_unk=True, byte_fallback=True)
     backend = Backend(model)
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
-    scheme = "first" if prefix else "never"
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
+    # SentencePiece puts a blank before every stretch of text, also before one that starts with a blank.
+    start = [normalizers.Prepend("▁")] if prefix else []
+    backend.normalizer = normalizers.Sequence([*start, normalizers.Replace(" ", "▁")])
     strip = [decoders.Strip(content=" ", left=1)] if prefix else []
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
     return backend

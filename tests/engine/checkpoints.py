@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-
 from specialize.engine.config import ModelConfig
 from specialize.engine.weights import RandomTensors
 
@@ -23,7 +22,7 @@ MPT: dict[str, Any] = {
 
 
 def save_transformers(kind: str, folder: Path, **options: Any) -> Any:
-    """A random transformers model ("Llama", "Mpt", …), its weights far from zero, saved as safetensors; returned in eval."""
+    """A random transformers model ("Llama", "Mpt", …) in eval mode, its weights far from zero, saved as safetensors."""
     import transformers
 
     torch.manual_seed(0)

@@ -11,6 +11,7 @@ from checkpoints import llama_dict, mpt_dict
 from specialize.engine.config import ModelConfig, RopeScaling
 from specialize.engine.layout import expected_tensors, num_parameters
 from specialize.engine.rope_tables import inverse_frequencies
+
 from specialize.errors import InputError
 
 

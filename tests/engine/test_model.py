@@ -1,4 +1,4 @@
-"""Our decoder against transformers, against a plain implementation of MPT's options, and against itself with a cache."""
+"""Our decoder against transformers, a plain implementation of MPT's options, and itself with a cache."""
 
 from __future__ import annotations
 
@@ -250,7 +250,7 @@ class Pages:
             context_lens=torch.tensor([first + len(tokens) for _, first, tokens in chunks], dtype=torch.int32),
             max_query_len=max(lens),
             max_context_len=max(first + len(tokens) for _, first, tokens in chunks),
-            num_decodes=(decodes + [False]).index(False),
+            num_decodes=[*decodes, False].index(False),
             slots=slots,
             page_table=self.table[[s for s, *_ in chunks]],
         )
@@ -407,9 +407,10 @@ def test_tuned_modules_have_the_names_that_peft_uses(tmp_path):
 
 
 PROMPTS = (
-    "The capital of France is", "def fibonacci(n):\n", "Once upon a time", "The patient presented with fever and",
-    "1, 2, 3, 5, 8,", "Water boils at", "The mitochondrion is", "Dear Sir or Madam,", "SELECT name FROM", "Q: Who wrote Hamlet?\nA:",
-    "Aspirin inhibits", "In 1969, humans", "The opposite of hot is", "import numpy as np\n", "Symptoms of influenza include", "Le chat",
+    "The capital of France is", "def fibonacci(n):\n", "Once upon a time",
+    "The patient presented with fever and", "1, 2, 3, 5, 8,", "Water boils at", "The mitochondrion is",
+    "Dear Sir or Madam,", "SELECT name FROM", "Q: Who wrote Hamlet?\nA:", "Aspirin inhibits", "In 1969, humans",
+    "The opposite of hot is", "import numpy as np\n", "Symptoms of influenza include", "Le chat",
 )  # fmt: skip
 
 
@@ -428,7 +429,7 @@ def test_smollm2_logits_equal_transformers(smollm2_pair):
 
 
 def test_smollm2_greedy_continuations_equal_transformers(smollm2_pair, smollm2):
-    """16 prompts together in a paged cache, 48 tokens each; transformers takes one sequence at a time, without a cache."""
+    """16 prompts together in a paged cache, 48 tokens each; transformers takes one sequence at a time, uncached."""
     from specialize.engine.tokenizer import Tokenizer
 
     ours, theirs = smollm2_pair

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from specialize.engine.config import ModelConfig
 from specialize.engine.model import Model
 from specialize.engine.weights import RandomTensors, SafetensorsFolder, open_checkpoint
+
 from specialize.errors import InputError
 
 

@@ -1,0 +1,145 @@
+"""Released ``.bin`` checkpoints become safetensors folders that transformers and we read alike."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from checkpoints import LLAMA, llama_dict, mpt_dict, save_folder, save_transformers
+from safetensors.torch import load_file
+from specialize.engine.batch import Batch
+from specialize.engine.convert import convert
+from specialize.engine.model import Model
+
+from specialize.errors import InputError
+
+
+def bin_folder(folder, raw, num_shards=1):
+    """A folder as MPT was released: pickled shards, an index, a tokenizer, a licence."""
+    save_folder(folder, raw)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for i in range(num_shards):
+        name = "pytorch_model.bin" if num_shards == 1 else f"pytorch_model-{i + 1:05d}-of-{num_shards:05d}.bin"
+        part = dict(list(tensors.items())[i::num_shards])
+        torch.save(part, folder / name)
+        weight_map.update(dict.fromkeys(part, name))
+    if num_shards > 1:
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "LICENSE").write_text("free")
+    return tensors
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_bin_shards_become_safetensors(num_shards, tmp_path):
+    tensors = bin_folder(tmp_path / "src", mpt_dict(), num_shards)
+    seen = []
+    out = convert(tmp_path / "src", tmp_path / "dst", on_tensor=lambda done, total: seen.append((done, total)))
+    written = load_file(out / "model.safetensors")
+    assert set(written) == set(tensors) and all(torch.equal(written[n], tensors[n]) for n in tensors)
+    assert sorted(f.name for f in out.iterdir()) == ["LICENSE", "config.json", "model.safetensors", "tokenizer.json"]
+    assert seen[-1][0] == seen[-1][1] and len(seen) == len(tensors)
+    Model.from_pretrained(out)
+
+
+def test_large_models_are_cut_into_shards(tmp_path):
+    tensors = bin_folder(tmp_path / "src", llama_dict())
+    out = convert(tmp_path / "src", tmp_path / "dst", max_shard_bytes=60_000, dtype=torch.bfloat16)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 1 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    assert index["metadata"]["total_size"] == sum(t.numel() * 2 for t in tensors.values())
+    for file in files:
+        content = load_file(out / file)
+        assert sum(t.numel() * t.itemsize for t in content.values()) <= 60_000 or len(content) == 1
+        assert all(torch.equal(t, tensors[n].bfloat16()) for n, t in content.items())
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    Model.from_pretrained(out)
+
+
+def test_transformers_reads_the_result(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = save_transformers("Llama", tmp_path / "src", **LLAMA)
+    torch.save(model.state_dict(), tmp_path / "src" / "pytorch_model.bin")
+    (tmp_path / "src" / "model.safetensors").unlink()
+    out = convert(tmp_path / "src", tmp_path / "dst")
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    ids = [3, 5, 7, 9]
+    ours = Model.from_pretrained(out)
+    with torch.no_grad():
+        difference = ours.logits(ours.forward(Batch.packed([ids]))) - theirs(torch.tensor([ids])).logits[0]
+    assert difference.abs().max() < 1e-4
+
+
+def test_tied_and_derived_tensors_are_dropped(tmp_path):
+    tensors = bin_folder(tmp_path / "src", mpt_dict())
+    tied = {**tensors, "lm_head.weight": tensors["transformer.wte.weight"]}
+    tied["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
+    torch.save(tied, tmp_path / "src" / "pytorch_model.bin")
+    assert set(load_file(convert(tmp_path / "src", tmp_path / "dst") / "model.safetensors")) == set(tensors)
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("code of a stranger ran",))
+
+
+def test_what_is_refused_leaves_nothing_behind(tmp_path, capsys):
+    source, target = tmp_path / "src", tmp_path / "dst"
+    tensors = bin_folder(source, llama_dict())
+    file = source / "pytorch_model.bin"
+    whole = file.read_bytes()
+
+    def refused(match):
+        with pytest.raises(InputError, match=match) as error:
+            convert(source, target)
+        assert "\n" not in str(error.value)
+        assert [p.name for p in tmp_path.iterdir()] == ["src"]
+
+    torch.save({**tensors, "evil": Evil()}, file)
+    refused("holds more than tensors")
+    assert "stranger" not in capsys.readouterr().out
+    file.write_bytes(whole[: len(whole) // 2])
+    refused(r"pytorch_model\.bin: ")
+    file.write_bytes(b"")
+    refused(r"pytorch_model\.bin: ")
+    torch.save([1, 2], file)
+    refused("does not map names to tensors")
+    torch.save({k: v for k, v in tensors.items() if "norm" not in k}, file)
+    refused("missing: model.layers.0.input_layernorm.weight")
+    file.unlink()
+    refused("neither")
+    shutil.rmtree(source)
+    source.mkdir()
+    refused("config.json: no such file")
+
+
+def test_existing_targets_are_kept(tmp_path):
+    bin_folder(tmp_path / "src", llama_dict())
+    (tmp_path / "dst").mkdir()
+    (tmp_path / "dst" / "mine").write_text("x")
+    with pytest.raises(InputError, match="exists already"):
+        convert(tmp_path / "src", tmp_path / "dst")
+    assert (tmp_path / "dst" / "mine").read_text() == "x"
+
+
+def test_a_failing_disk_leaves_nothing_behind(tmp_path, monkeypatch):
+    from specialize.engine import convert as module
+
+    bin_folder(tmp_path / "src", llama_dict())
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        convert(tmp_path / "src", tmp_path / "dst")
+    assert [p.name for p in tmp_path.iterdir()] == ["src"]
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(InputError, match=r"GB of disk, 0\.0 GB are free"):
+        convert(tmp_path / "src", tmp_path / "dst")
