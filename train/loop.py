@@ -308,6 +308,7 @@ class Trainer:
             logit_scale=self.model.config.logit_scale,
             z_loss=self.config.z_loss,
             weights=micro.weights,
+            backend=self.model.backend,
         )
 
     def _due(self, interval: int) -> bool:

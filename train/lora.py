@@ -153,7 +153,7 @@ class TrainableLora:
         if self.dropout and self.training:
             dropped = _dropped(x, self.dropout, hash((self._dropout_seed, layer_id, name_id(name))) & 0x7FFFFFFF)
             return linear(x) + F.linear(F.linear(dropped, a), b) * self.scaling
-        return lora_linear(x, linear.weight, linear.bias, a, b, self.scaling)
+        return lora_linear(x, linear.weight, linear.bias, a, b, self.scaling, backend=self.model.backend)
 
     @torch.no_grad()
     def collect(self) -> None:

@@ -227,8 +227,7 @@ void forward_block(const Problem& p, const View& q, int64_t start, int64_t lengt
         const int64_t t = start + first + i;
         bf16* into = out + (t * p.heads + head) * p.dim;
         const float inverse = total[i] > 0.0f ? 1.0f / total[i] : 0.0f;
-#pragma omp simd
-        for (int64_t d = 0; d < p.dim; d++) store(into + d, sums[i * D + d] * inverse);
+        for (int64_t d = 0; d < p.dim; d += 16) store_upto16(into + d, load16(sums + i * D + d) * inverse, p.dim - d);
         if (lse) lse[t * p.heads + head] = largest[i] * LOG_2 + std::log(total[i]);
     }
 }
@@ -286,9 +285,7 @@ void store_transposed(const float* x, float scale, int64_t count, bf16* out, int
             for (int r = 0; r < 16; r++) tile[r] = load16(x + (d + r) * QUERY_BLOCK + i) * scale;
             transpose16(tile);
             for (int64_t r = 0; r < std::min<int64_t>(16, count - i); r++) {
-                bf16 row[16];
-                store_words(row, round16(tile[r]));
-                std::memcpy(out + (i + r) * stride + d, row, std::min<int64_t>(16, dim - d) * sizeof(bf16));
+                store_upto16(out + (i + r) * stride + d, tile[r], dim - d);
             }
         }
     }
@@ -334,8 +331,9 @@ void backward_group(const Problem& p, const View& q, const View& k, const View& 
             float sum = 0.0f;
             if (i < length) {
                 const bf16 *o = out.row(start + i, head), *g = grads + i * D;
-#pragma omp simd reduction(+ : sum)
-                for (int64_t d = 0; d < p.dim; d++) sum += load(o + d) * load(g + d);
+                vec products = splat(0.0f);
+                for (int64_t d = 0; d < p.dim; d += 16) products += load_upto16(o + d, p.dim - d) * load16(g + d);
+                sum = sum_lanes(products);
             }
             delta[i] = sum;
             row_lse[i] = i < length ? lse[(start + i) * p.heads + head] * LOG2_E : 0.0f;
@@ -363,10 +361,9 @@ void backward_group(const Problem& p, const View& q, const View& k, const View& 
     for (int64_t i = 0; i < length; i++) {
         bf16* dk_into = dk + ((start + i) * p.kv_heads + kv_head) * p.dim;
         bf16* dv_into = dv + ((start + i) * p.kv_heads + kv_head) * p.dim;
-#pragma omp simd
-        for (int64_t d = 0; d < p.dim; d++) {
-            store(dk_into + d, dk_sum[i * D + d] * p.scale);
-            store(dv_into + d, dv_sum[i * D + d]);
+        for (int64_t d = 0; d < p.dim; d += 16) {
+            store_upto16(dk_into + d, load16(dk_sum + i * D + d) * p.scale, p.dim - d);
+            store_upto16(dv_into + d, load16(dv_sum + i * D + d), p.dim - d);
         }
     }
 }

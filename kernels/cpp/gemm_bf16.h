@@ -82,7 +82,9 @@ static void gemm_amx(int64_t M, int64_t N, int64_t K, const bf16* A, int64_t lda
     }
 }
 #else
-struct TileScope {};
+struct TileScope {
+    TileScope() {}
+};
 #endif
 
 static inline uint32_t load_pair(const bf16* a) {

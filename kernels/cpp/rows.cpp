@@ -1,4 +1,4 @@
-// Row-wise ops, forward and backward: RMS norm and layer norm (optionally of a sum), rotary embedding, SwiGLU.
+// Row-wise ops on 16 lanes, forward and backward: RMS norm and layer norm (optionally of a sum), rotary embedding, SwiGLU.
 //
 // Rows may lie two levels deep: row r of an [T, N, D] view starts at (r / N) * stride_t + (r % N) * stride_n. Results are
 // contiguous. Each row is computed by one thread in one order, so results do not depend on the number of threads.
@@ -6,7 +6,7 @@
 
 #include <cmath>
 
-#include "numeric.h"
+#include "vectors.h"
 
 namespace {
 
@@ -33,31 +33,32 @@ void norm_forward(const T* x, Rows at, const T* residual, const T* weight, const
     each_row(at.count, cols, threads, [&](int64_t r) {
         const T* h = x + at.offset(r);
         T* out = y + r * cols;
+        vec total = splat(0.0f), square = splat(0.0f);
         if (residual) {
             const T* other = residual + r * cols;
             T* into = sum + r * cols;
-#pragma omp simd
-            for (int64_t i = 0; i < cols; i++) store(into + i, load(h + i) + load(other + i));
+            for (int64_t i = 0; i < cols; i += 16) {
+                const int64_t n = cols - i;
+                store_upto16(into + i, load_upto16(h + i, n) + load_upto16(other + i, n), n);
+            }
             h = into;
         }
-        float mean = 0.0f, square = 0.0f;
+        float mean = 0.0f;
         if (centre) {
-#pragma omp simd reduction(+ : mean)
-            for (int64_t i = 0; i < cols; i++) mean += load(h + i);
-            mean /= float(cols);
+            for (int64_t i = 0; i < cols; i += 16) total += load_upto16(h + i, cols - i);
+            mean = sum_lanes(total) / float(cols);
         }
-#pragma omp simd reduction(+ : square)
-        for (int64_t i = 0; i < cols; i++) {
-            float d = load(h + i) - mean;
+        for (int64_t i = 0; i < cols; i += 16) {
+            vec d = load_upto16(h + i, cols - i) - mean;
             square += d * d;
         }
-        float scale = 1.0f / std::sqrt(square / float(cols) + eps);
-        if (bias) {
-#pragma omp simd
-            for (int64_t i = 0; i < cols; i++) store(out + i, (load(h + i) - mean) * scale * load(weight + i) + load(bias + i));
-        } else {
-#pragma omp simd
-            for (int64_t i = 0; i < cols; i++) store(out + i, (load(h + i) - mean) * scale * load(weight + i));
+        const float padding = float((16 - cols % 16) % 16) * mean * mean;  // what the lanes beyond the row added
+        const float scale = 1.0f / std::sqrt((sum_lanes(square) - padding) / float(cols) + eps);
+        for (int64_t i = 0; i < cols; i += 16) {
+            const int64_t n = cols - i;
+            vec v = (load_upto16(h + i, n) - mean) * scale * load_upto16(weight + i, n);
+            if (bias) v += load_upto16(bias + i, n);
+            store_upto16(out + i, v, n);
         }
     });
 }
@@ -70,34 +71,30 @@ void norm_backward(const T* h, Rows at, const T* weight, const T* dy, const T* d
         const T* x = h + at.offset(r);
         const T* g = dy + r * cols;
         T* out = dx + r * cols;
-        float mean = 0.0f, square = 0.0f, sum_g = 0.0f, dot = 0.0f;
+        vec total = splat(0.0f), square = splat(0.0f), sum_g = splat(0.0f), dot = splat(0.0f);
+        float mean = 0.0f;
         if (centre) {
-#pragma omp simd reduction(+ : mean)
-            for (int64_t i = 0; i < cols; i++) mean += load(x + i);
-            mean /= float(cols);
+            for (int64_t i = 0; i < cols; i += 16) total += load_upto16(x + i, cols - i);
+            mean = sum_lanes(total) / float(cols);
         }
-#pragma omp simd reduction(+ : square, sum_g, dot)
-        for (int64_t i = 0; i < cols; i++) {
-            float d = load(x + i) - mean, w = load(g + i) * load(weight + i);
+        for (int64_t i = 0; i < cols; i += 16) {
+            const int64_t n = cols - i;
+            vec d = load_upto16(x + i, n) - mean, w = load_upto16(g + i, n) * load_upto16(weight + i, n);
             square += d * d;
             sum_g += w;
             dot += w * d;
         }
-        float scale = 1.0f / std::sqrt(square / float(cols) + eps);
-        float slope = dot * scale * scale / float(cols), shift = centre ? sum_g / float(cols) : 0.0f;
-        if (dsum) {
-            const T* more = dsum + r * cols;
-#pragma omp simd
-            for (int64_t i = 0; i < cols; i++) {
-                float w = load(g + i) * load(weight + i);
-                store(out + i, scale * (w - shift - (load(x + i) - mean) * slope) + load(more + i));
-            }
-        } else {
-#pragma omp simd
-            for (int64_t i = 0; i < cols; i++) {
-                float w = load(g + i) * load(weight + i);
-                store(out + i, scale * (w - shift - (load(x + i) - mean) * slope));
-            }
+        const float padding = float((16 - cols % 16) % 16) * mean * mean;
+        const float scale = 1.0f / std::sqrt((sum_lanes(square) - padding) / float(cols) + eps);
+        const float slope = sum_lanes(dot) * scale * scale / float(cols);
+        const float shift = centre ? sum_lanes(sum_g) / float(cols) : 0.0f;
+        const T* more = dsum ? dsum + r * cols : nullptr;
+        for (int64_t i = 0; i < cols; i += 16) {
+            const int64_t n = cols - i;
+            vec w = load_upto16(g + i, n) * load_upto16(weight + i, n);
+            vec v = (w - shift - (load_upto16(x + i, n) - mean) * slope) * scale;
+            if (more) v += load_upto16(more + i, n);
+            store_upto16(out + i, v, n);
         }
     });
 }
@@ -110,24 +107,27 @@ void rope_rotate(const T* x, Rows at, const float* cos, const float* sin, const 
         T* out = y + r * 2 * half;
         const float* c = cos + positions[r / at.inner] * half;
         const float* s = sin + positions[r / at.inner] * half;
-#pragma omp simd
-        for (int64_t i = 0; i < half; i++) {
-            float a = load(in + i), b = load(in + half + i), t = sign * s[i];
-            store(out + i, a * c[i] - b * t);
-            store(out + half + i, b * c[i] + a * t);
+        for (int64_t i = 0; i < half; i += 16) {
+            const int64_t n = half - i;
+            vec a = load_upto16(in + i, n), b = load_upto16(in + half + i, n);
+            vec co = load_upto16(c + i, n), si = load_upto16(s + i, n) * sign;
+            store_upto16(out + i, a * co - b * si, n);
+            store_upto16(out + half + i, b * co + a * si, n);
         }
     });
 }
+
+inline vec sigmoid16(vec x) { return 1.0f / (1.0f + exp16(-x)); }
 
 template <class T>
 void swiglu_forward(const T* x, int64_t stride, T* y, int64_t rows, int64_t half, int threads) {
     each_row(rows, 2 * half, threads, [&](int64_t r) {
         const T* in = x + r * stride;
         T* out = y + r * half;
-#pragma omp simd
-        for (int64_t i = 0; i < half; i++) {
-            float g = load(in + i);
-            store(out + i, g * sigmoid(g) * load(in + half + i));
+        for (int64_t i = 0; i < half; i += 16) {
+            const int64_t n = half - i;
+            vec g = load_upto16(in + i, n);
+            store_upto16(out + i, g * sigmoid16(g) * load_upto16(in + half + i, n), n);
         }
     });
 }
@@ -138,11 +138,11 @@ void swiglu_backward(const T* x, int64_t stride, const T* dy, T* dx, int64_t row
         const T* in = x + r * stride;
         const T* d = dy + r * half;
         T* out = dx + r * 2 * half;
-#pragma omp simd
-        for (int64_t i = 0; i < half; i++) {
-            float g = load(in + i), u = load(in + half + i), dd = load(d + i), s = sigmoid(g);
-            store(out + i, dd * u * s * (1.0f + g * (1.0f - s)));
-            store(out + half + i, dd * g * s);
+        for (int64_t i = 0; i < half; i += 16) {
+            const int64_t n = half - i;
+            vec g = load_upto16(in + i, n), u = load_upto16(in + half + i, n), dd = load_upto16(d + i, n), s = sigmoid16(g);
+            store_upto16(out + i, dd * u * s * (1.0f + g * (1.0f - s)), n);
+            store_upto16(out + half + i, dd * g * s, n);
         }
     });
 }
