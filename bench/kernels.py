@@ -267,9 +267,8 @@ def bench_all(
     chosen = [spec for op, spec in specs.items() if not ops or op in ops]
     folder = out / environment()["device_key"]
     limits = write_environment(folder)["ceilings"]
-    print(
-        f"{environment()['device']}: copy {limits['copy_gb_s']:.0f} GB/s, bf16 GEMM {limits['gemm_tflop_s']:.0f} TFLOP/s"
-    )
+    rates = f"copy {limits['copy_gb_s']:.0f} GB/s, bf16 GEMM {limits['gemm_tflop_s']:.0f} TFLOP/s"
+    print(f"{environment()['device']}: {rates}", flush=True)
     rows = []
     with open(folder / "kernels.jsonl", "a") as file:
         for spec, case in cases_by_priority(chosen):

@@ -214,7 +214,7 @@ def _gelu_tuning(case: Case) -> tuple[str, list[dict[str, int]]]:
 def _swiglu_tuning(case: Case) -> tuple[str, list[dict[str, int]]]:
     return f"{case.get('pass', 'forward')} {case['I']}", [
         {"rows": r, "block": b, "num_warps": w}
-        for b in (256, 512, 1024, 2048)
+        for b in (512, 1024, 2048)
         for r in (1, 2, 4)
         for w in (2, 4, 8)
         if 8 <= r * b // (32 * w) <= 32
