@@ -222,8 +222,9 @@ class AdapterPool:
             return y
         assert batch.adapter_index is not None
         return lora_grouped_add_(
-            y, x, *pair, self._scalings, batch.adapter_index, batch.query_starts, max_query_len=batch.max_query_len
-        )
+            y, x, *pair, self._scalings, batch.adapter_index, batch.query_starts,
+            max_query_len=batch.max_query_len, backend=self._model.backend,
+        )  # fmt: skip
 
     def _stack(self) -> None:
         """Adapters of lower rank, or without this layer, are padded with zeros."""

@@ -369,6 +369,7 @@ class Generator:
             min_p=settings["min_p"],
             repetition_penalty=settings["repetition_penalty"] if penalised else None,
             seen=outputs.seen_tokens(plan) if penalised else None,
+            backend=self.model.backend,
         )
         alternatives = _alternatives(logits, rows.num_logprobs[plan.sampled_rows])
         return ids.cpu().numpy(), logprobs.cpu().numpy(), alternatives
