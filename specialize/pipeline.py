@@ -123,7 +123,7 @@ class Run:
     def invalidated(self, ledger: Ledger) -> tuple[list[str], list[str]]:
         """(stages begun that the present settings would redo, the settings that differ as "name: old → new")."""
         begun, wanted, settings = ledger.stages(), self.fingerprints(), self.settings_of()
-        stale = [name for name in begun if name not in wanted or begun[name].fingerprint != wanted[name]]
+        stale = [name for name in begun if name != "evaluate" and begun[name].fingerprint != wanted.get(name)]
         changes = []
         for name in stale:
             now = settings.get(name, {})
@@ -582,7 +582,7 @@ class Run:
         stages = self.ledger.stages()
         wanted = float(stages[_numbered("tune", self.recipe.rounds)].info["tokens"])
         have = stages.get("control")
-        if have is not None and have.done and abs(have.info["tokens"] - wanted) > EQUAL_TOKENS * wanted:
+        if have is not None and have.done and abs(have.info["wanted_tokens"] - wanted) > EQUAL_TOKENS * wanted:
             shutil.rmtree(self.folder / "control", ignore_errors=True)
             self.ledger.forget_stages(["control"])
         self._stage("control", self._do_control, 1)
@@ -593,8 +593,10 @@ class Run:
         wanted = float(stages[_numbered("tune", self.recipe.rounds)].info["tokens"])
         teacher = stages.get("teacher")
         if teacher is not None and abs(teacher.info["tokens"] - wanted) <= EQUAL_TOKENS * wanted:
-            return teacher.info | {"adapter_path": str(self.folder / "teacher"), "same_as": "teacher"}
-        return self._train("control (seeds alone)", seed_examples(self.seeds), -wanted, self.folder / "control")
+            found = teacher.info | {"adapter_path": str(self.folder / "teacher"), "same_as": "teacher"}
+        else:
+            found = self._train("control (seeds alone)", seed_examples(self.seeds), -wanted, self.folder / "control")
+        return found | {"wanted_tokens": wanted}
 
     def systems(self) -> list[System]:
         """What is scored, as far as it exists: base, seeds-only control, the expert of each round."""
@@ -638,7 +640,7 @@ class Run:
                     adapter_name=lambda system=system: self._adapter_name(system.adapter),
                 )
         found = self._summarise(reports)
-        write_text(self.folder / "eval.json", json.dumps(found, indent=1, ensure_ascii=False))
+        write_text(self.folder / "eval.json", json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False))
         self.ledger.add_seconds("evaluate", time.monotonic() - started)
         return found
 
@@ -658,7 +660,7 @@ class Run:
         mover = next(
             (c["largest_mover"] for c in comparisons if c["against"] == "base" and c["system"] == "expert"), None
         )
-        if mover:
+        if mover and len(self.tasks) > 1:
             found["largest_mover"] = mover
             for name, report in reports.items():
                 found["systems"][name]["means_without_largest_mover"] = [

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 STOP = ("\n###", "###")
@@ -25,7 +25,7 @@ def _template(name: str) -> Any:
         lstrip_blocks=True,
         autoescape=False,
     )
-    return environment.from_string((files("specialize") / "prompts" / f"{name}.jinja").read_text(encoding="utf-8"))
+    return environment.from_string((Path(__file__).parent / "prompts" / f"{name}.jinja").read_text(encoding="utf-8"))
 
 
 def render(name: str, **values: Any) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -278,7 +277,7 @@ def _check_whole(recipe: Recipe, source: str) -> Recipe:
 
 def shipped() -> dict[str, Path]:
     """The recipes that come with the package, by name."""
-    folder = Path(str(files("specialize").joinpath("recipes")))
+    folder = Path(__file__).parent / "recipes"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 

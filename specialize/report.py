@@ -7,7 +7,6 @@ import json
 import platform
 import re
 from importlib import metadata
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ def write_report(folder: Path) -> Path:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    template = environment.from_string((files("specialize") / "templates" / "report.html").read_text(encoding="utf-8"))
+    template = environment.from_string((Path(__file__).parent / "templates" / "report.html").read_text(encoding="utf-8"))
     path = folder / "report.html"
     write_text(path, template.render(**values))
     return path

@@ -581,14 +581,13 @@ class Synthesizer:
         groups: dict[str, list[tuple[Item, Verdict, str, float]]] = {source: [] for source in targets}
         for row in passed:
             groups[row[0].id.split("-")[1]].append(row)
-        # A source that yields less than its share leaves the rest to the others.
-        room = self.recipe.examples
-        quota: dict[str, int] = {}
-        for position, source in enumerate(sorted(groups, key=lambda s: len(groups[s]) - targets[s])):
-            left = len(groups) - position
-            fair = max(targets[source], math.ceil(room / left)) if source != "novel" else targets[source]
-            quota[source] = min(len(groups[source]), fair, room)
-            room -= quota[source]
+        # A source that yields less than its share leaves the rest to the others, invented instructions last.
+        quota = {source: min(len(groups[source]), targets[source]) for source in groups}
+        room = min(self.recipe.examples, len(passed)) - sum(quota.values())
+        for others in ([source for source in groups if source != "novel"], ["novel"]):
+            while room > 0 and (able := [source for source in others if quota[source] < len(groups[source])]):
+                quota[min(able, key=lambda source: quota[source])] += 1
+                room -= 1
         keep: set[str] = set()
         for source, rows in groups.items():
             kind = None if source == "novel" else self.kinds[int(source[1:])]

@@ -1,0 +1,55 @@
+import pytest
+
+from specialize.kinds import agreement, consensus, form_fault, kinds_of, split_fields
+from specialize.records import Seed
+
+
+def make(kind, rows):
+    return [Seed(f"{kind}-{i}", kind, f"Do {kind}.", text, output) for i, (text, output) in enumerate(rows)]
+
+
+SENTENCE = "The patient had gout and a fever that lasted for nine days."
+NER = make("ner", [(SENTENCE, "gout <Disease>, fever <Disease>"), ("It was flu, not measles, said the doctor.", "flu <Disease>, measles <Disease>")])
+PASSAGE = " ".join(["A long abstract with many words in it."] * 12)
+QA = make("qa", [(f"Abstract: {PASSAGE}\nQuestion: Is it {i}?", "yes" if i % 2 else "no") for i in range(6)])
+SYNONYMS = make("synonyms", [("Gout", "podagra, urate arthritis"), ("Fever", "pyrexia, high temperature, febrile state")])
+TITLE = make("title", [(PASSAGE, "What a long abstract says about words."), (PASSAGE + " More.", "Words, and what is in them.")])
+
+
+def test_kinds_are_read_off_the_seeds():
+    ner, qa, synonyms, title = kinds_of([*NER, *QA, *SYNONYMS, *TITLE])
+    assert (ner.form, ner.unit, ner.extractive, set(ner.labels)) == ("entities", "sentence", True, {"disease"})
+    assert (qa.form, qa.unit, qa.fields, qa.material) == ("label", "fields", ("Abstract", "Question"), "Abstract")
+    assert qa.labels == {"yes", "no"}
+    assert (synonyms.form, synonyms.unit, synonyms.extractive) == ("list", "written", False)
+    assert (title.form, title.unit) == ("text", "passage")
+    for kind in (ner, qa, synonyms, title):
+        assert all(form_fault(kind, s.output, s.input) == "" for s in kind.seeds)
+
+
+def test_fields():
+    assert split_fields("Abstract: one\ntwo\nQuestion: three?") == [("Abstract", "one\ntwo"), ("Question", "three?")]
+    assert split_fields("no field here") is None
+
+
+def test_consensus_of_entities_is_a_vote_in_the_order_of_the_input():
+    [kind] = kinds_of(NER)
+    samples = ["fever <Disease>, gout <Disease>", "gout <Disease>", "Fever <Disease>, nine <Disease>", "gout <Disease>, fever <Disease>"]
+    assert consensus(kind, samples, SENTENCE) == "gout <Disease>, fever <Disease>"
+    assert consensus(kind, samples, SENTENCE, share=1.0) == ""
+
+
+def test_consensus_of_labels_and_texts():
+    [qa] = kinds_of(QA)
+    assert consensus(qa, ["yes", "no", "No"], "") == "no"
+    assert consensus(qa, ["yes", "no"], "") == "yes"  # the earlier sample wins a tie
+    assert consensus(None, ["a b c d", "a b c e", "x y"], "") == "a b c d"
+
+
+def test_agreement():
+    [ner] = kinds_of(NER)
+    [qa] = kinds_of(QA)
+    assert agreement(qa, ["yes", "Yes.", "no"]) == pytest.approx(1 / 3)
+    assert agreement(ner, ["gout <Disease>", "gout <Disease>, fever <Disease>"]) == pytest.approx(2 / 3)
+    assert agreement(None, ["same words here", "same words here"]) == 1.0
+    assert agreement(ner, ["gout <Disease>"]) == 1.0

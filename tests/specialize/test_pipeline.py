@@ -1,0 +1,247 @@
+"""A whole run on a tiny domain: resumed after kills, redone when settings change, refused when they clash."""
+
+import json
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+
+from specialize.errors import InputError
+from specialize.ledger import Ledger, run_lock
+from specialize.pipeline import Run
+from specialize.progress import Reporter
+from specialize.recipe import override, read_recipe
+from specialize.records import Seed
+
+
+def open_run(tiny, folder, *settings, **inputs):
+    recipe = override(read_recipe(tiny.recipe)[0], settings)
+    return Run(folder, recipe, tiny.inputs | inputs, reporter=Reporter(quiet=True))
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    result = open_run(tiny, folder).execute()
+    return folder, result
+
+
+def contents(folder):
+    """Everything a run decided, without times and paths."""
+    with Ledger(folder / "ledger.sqlite") as ledger:
+        items = [(i.id, i.input, i.output, i.status, i.reason, i.score) for i in ledger.items()]
+        purposes = ("instruction", "input", "response")
+        replies = {p: {k: [r.raw for r in v] for k, v in ledger.replies(p).items()} for p in purposes}
+        count = ledger._db.execute("SELECT COUNT(*), COUNT(DISTINCT id) FROM replies").fetchone()
+    rows = [json.loads(line) for line in (folder / "dataset.jsonl").read_text().splitlines()]
+    data = [(r["id"], r["instruction"], r["input"], r["output"]) for r in rows]
+    scores = json.loads((folder / "eval.json").read_text())["systems"]
+    adapter = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+    return {"items": items, "replies": replies, "count": count, "data": data, "adapter": adapter} | {
+        name: system["results"] for name, system in scores.items()
+    }
+
+
+def test_a_run_leaves_what_it_promises(finished, tiny):
+    folder, result = finished
+    assert set(result["systems"]) == {"base", "seeds", "expert"}
+    for r in result["results"]:
+        assert set(r) >= {"task", "shots", "metric", "value", "low", "high", "n"}
+        assert r["low"] <= r["value"] <= r["high"]
+        assert r["n"] == 4
+    assert result["adapter"] == str(folder / "adapter")
+    rows = [json.loads(line) for line in (folder / "dataset.jsonl").read_text().splitlines()]
+    assert 1 <= len(rows) <= 10
+    for row in rows:
+        assert {"model", "adapter", "seed", "documents", "agreement"} <= set(row["provenance"])
+    with Ledger(folder / "ledger.sqlite") as ledger:
+        counts = ledger.counts()
+        assert counts["kept"] == len(rows)
+        assert all(i.reason for i in ledger.items(status="rejected"))
+        replies = ledger.replies("response")
+        assert all("prompt" in r[0].provenance for r in replies.values())
+        assert all([x.sample for x in r] == [0, 1, 2] for r in replies.values())
+    recipe, inputs = read_recipe(folder / "recipe.yaml")
+    assert (recipe, inputs) == (read_recipe(tiny.recipe)[0], tiny.inputs)
+
+
+def test_the_report_needs_no_network(finished):
+    text = (finished[0] / "report.html").read_text()
+    assert text.count("<svg") >= 4
+    assert not re.search(r'(?:src|href)="(?!#)', text.replace("xlink:href", "x").replace("xmlns", "x"))
+    assert "url(http" not in text
+    assert "seeds alone" in text
+
+
+def test_a_second_run_does_nothing_twice(finished, tiny, monkeypatch):
+    folder, result = finished
+    before = contents(folder)
+    monkeypatch.setattr(Run, "generator", property(lambda self: Stub()))
+    again = open_run(tiny, folder).execute()
+    assert json.dumps(again) == json.dumps(result)
+    assert contents(folder) == before
+
+
+class Stub:
+    """Has what planning an evaluation asks for, and cannot generate."""
+
+    def __init__(self):
+        from specialize.engine.config import ModelConfig
+        from specialize.engine.tokenizer import Tokenizer
+
+        folder = Stub.folder
+        self.tokenizer = Tokenizer.from_pretrained(folder)
+        self.model = type("Model", (), {"config": ModelConfig.from_folder(folder)})
+
+    folder: str = ""
+
+
+@pytest.fixture(autouse=True)
+def _stub_folder(tiny):
+    Stub.folder = tiny.inputs["model"]
+
+
+def killed_at(target, name, calls, when):
+    """Patch a method so that the process kills itself at the given call of it, before or after the work."""
+    original = getattr(target, name)
+    seen = 0
+
+    def wrapper(*args, **kwargs):
+        nonlocal seen
+        seen += 1
+        if seen == calls and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*args, **kwargs)
+        if seen == calls:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(target, name, wrapper)
+
+
+def run_in_child(tiny, folder, *point):
+    child = os.fork()
+    if child == 0:
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            killed_at(*point)
+            open_run(tiny, folder).execute()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_killed_runs_end_like_an_undisturbed_one(finished, tiny, tmp_path):
+    from specialize import pipeline
+    from specialize.train.loop import Trainer
+
+    folder = tmp_path / "killed"
+    points = [
+        (pipeline, "write_recipe", 1, "before"),
+        (Trainer, "train_step", 7, "after"),
+        (Ledger, "add_items", 2, "after"),
+        (Ledger, "add_reply", 2, "after"),
+        (Ledger, "add_reply", 13, "before"),
+        (Ledger, "decide", 1, "before"),
+        (Ledger, "decide", 1, "after"),
+        (Trainer, "train_step", 2, "after"),
+        (Ledger, "add_reply", 5, "before"),
+        (pipeline, "write_text", 1, "after"),
+    ]
+    for point in points:
+        assert run_in_child(tiny, folder, *point) == -signal.SIGKILL, point[1:]
+    open_run(tiny, folder).execute()
+    assert contents(folder) == contents(finished[0])
+
+
+def test_changed_settings_say_what_they_redo(finished, tiny, tmp_path):
+    import shutil
+
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    changed = open_run(tiny, folder, "filter.min_words=2", "tune.rank=4")
+    with pytest.raises(InputError) as caught:
+        changed.execute()
+    message = str(caught.value)
+    assert "filter.min_words: 1 → 2" in message
+    assert "tune.rank: 8 → 4" in message
+    assert "teacher, responses, filter, tune, control" in message
+    assert "--redo" in message
+    with pytest.raises(InputError, match=r"this redoes filter, tune\. Add"):
+        open_run(tiny, folder, "filter.min_words=2").execute()
+    open_run(tiny, folder, "evaluate.limit=3").execute(until="evaluate")  # nothing that was made is lost
+    open_run(tiny, folder, "filter.min_words=2").execute(redo=True)
+    with Ledger(folder / "ledger.sqlite") as ledger:
+        assert {name for name, s in ledger.stages().items() if s.done} >= {"teacher", "instructions", "filter", "tune"}
+    assert read_recipe(folder / "recipe.yaml")[0].filter.min_words == 2
+
+
+def test_a_second_round_is_answered_by_the_first_expert(finished, tiny, tmp_path):
+    import shutil
+
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    result = open_run(tiny, folder, "rounds=2").execute()
+    assert set(result["systems"]) == {"base", "seeds", "round 1", "expert"}
+    with Ledger(folder / "ledger.sqlite") as ledger:
+        second = ledger.items(round=2)
+        assert {i.provenance["from"] for i in second} <= {i.id for i in ledger.items(round=1)}
+        reply = ledger.replies("response")[second[0].id][0]
+        assert reply.provenance["adapter"] == str(folder / "rounds" / "1")
+    open_run(tiny, folder, "rounds=1").execute(redo=True)
+    same = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert same == (finished[0] / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_folder_is_for_one_run_at_a_time(tiny, tmp_path):
+    with run_lock(tmp_path / "run"), pytest.raises(InputError, match="another run"):
+        open_run(tiny, tmp_path / "run").execute()
+
+
+def test_inputs_are_checked_before_any_work(tiny, tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        open_run(tiny, tmp_path / "a", corpus=str(tmp_path / "nothing"))
+    with pytest.raises(InputError, match="asks for 5"):
+        open_run(tiny, tmp_path / "a", "evaluate.shots=[5]")
+    assert not (tmp_path / "a").exists()
+
+
+def test_shots_are_dropped_until_a_prompt_fits(tiny):
+    from specialize.engine.tokenizer import Tokenizer
+    from specialize.evaluate import fit_prompt
+    from specialize.records import read_tasks
+
+    [task] = read_tasks(tiny.inputs["tasks"])
+    tokenizer = Tokenizer.from_pretrained(tiny.inputs["model"])
+    text = task.examples[0].input
+
+    def fit(limit):
+        return fit_prompt(tokenizer, task, text, 2, max_context=limit, max_tokens=4)
+
+    sizes = [len(tokenizer.encode(fit_prompt(tokenizer, task, text, n, max_context=9999, max_tokens=4)[0])) for n in (0, 1, 2)]
+    assert [fit(size + 4)[1:] for size in sizes] == [(0, False), (1, False), (2, False)]
+    assert [fit(size + 3)[1] for size in sizes[1:]] == [0, 1]
+    prompt, used, cut = fit(sizes[0] + 3)
+    assert (used, cut) == (0, True)
+    assert len(tokenizer.encode(prompt)) + 4 <= sizes[0] + 3
+    with pytest.raises(InputError, match="its instruction alone"):
+        fit(8)
+
+
+def test_no_evaluation_question_among_the_rows(finished, tiny):
+    from specialize.filter import EvaluationOverlap
+    from specialize.records import read_tasks
+
+    overlap = EvaluationOverlap(read_tasks(tiny.inputs["tasks"]), 8)
+    for line in Path(finished[0] / "dataset.jsonl").read_text().splitlines():
+        assert not overlap.hits(json.loads(line)["input"])
+
+
+def test_seed_kinds_without_a_task_field_go_by_instruction(tmp_path):
+    from specialize.kinds import kinds_of
+
+    rows = [Seed(f"s{i}", f"Do {i % 2}.", f"Do {i % 2}.", f"text {i} of some length here for it", "yes") for i in range(6)]
+    assert [len(k.seeds) for k in kinds_of(rows)] == [3, 3]

@@ -1,0 +1,61 @@
+import pytest
+
+from specialize.errors import InputError
+from specialize.recipe import Recipe, override, read_recipe, shipped, write_recipe
+
+
+@pytest.mark.parametrize("name", ["small", "demo", "paper"])
+def test_shipped_recipes_load_and_survive_a_round_trip(name, tmp_path):
+    recipe, inputs = read_recipe(name)
+    assert recipe.name == name
+    assert inputs == {}
+    write_recipe(recipe, {"model": "m", "seeds": "s"}, tmp_path / "recipe.yaml")
+    assert read_recipe(tmp_path / "recipe.yaml") == (recipe, {"model": "m", "seeds": "s"})
+
+
+def test_all_shipped_recipes_are_tested():
+    assert set(shipped()) == {"small", "demo", "paper"}
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        ("name: x\ntune:\n  rank: 8\n  rnk: 9\n", 4, "unknown setting \"tune.rnk\""),
+        ("examples: 10\nexamples: 20\n", 2, "set twice"),
+        ("tune:\n  rank: many\n", 2, "tune.rank must be a whole number"),
+        ("tune:\n  rank: 0\n", 2, "tune.rank is 0; allowed: 1 to 1024"),
+        ("filter:\n  enabled: maybe\n", 2, "true or false"),
+        ("retrieval:\n  mode: google\n", 2, "allowed: bm25, dense, hybrid, off"),
+        ("\n\ntune: 5\n", 3, "must be a mapping"),
+        ("evaluate:\n  shots: 5\n", 2, "must be a list"),
+        ("name: [x\n", 2, "not YAML"),
+    ],
+)
+def test_errors_name_the_line(text, line, message, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError) as caught:
+        read_recipe(path)
+    assert str(caught.value).startswith(f"{path}:{line}: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_scientific_numbers_are_numbers(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("tune:\n  learning_rate: 5e-4\n  alpha: 8\n")
+    recipe, _ = read_recipe(path)
+    assert (recipe.tune.learning_rate, recipe.tune.alpha) == (5e-4, 8.0)
+
+
+def test_override():
+    recipe = override(Recipe(), ["tune.rank=4", "evaluate.shots=[0, 5]", "examples=7"])
+    assert (recipe.tune.rank, recipe.evaluate.shots, recipe.examples) == (4, (0, 5), 7)
+    for bad in (["tune.rnk=4"], ["tune=4"], ["rank"], ["tune.learning_rate=5"], ["retrieval.overlap_words=500"]):
+        with pytest.raises(InputError):
+            override(Recipe(), bad)
+
+
+def test_unknown_recipe_lists_those_there_are():
+    with pytest.raises(InputError, match="shipped: demo, paper, small"):
+        read_recipe("nowhere")
