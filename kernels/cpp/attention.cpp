@@ -10,6 +10,11 @@
 #include <cmath>
 #include <cstdlib>
 #include <limits>
+#include <type_traits>
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 #include "vectors.h"
 
@@ -18,6 +23,7 @@ namespace {
 constexpr int TILE = 64;       // keys of one tile
 constexpr int VECS = TILE / 16;
 constexpr int ROWS = 6;        // query rows that a micro kernel keeps in registers
+constexpr int DECODE_ROWS = 4; // heads of one query that a micro kernel takes at once
 constexpr int BLOCK_ROWS = 96; // query rows (queries x heads of the group) of one prefill item
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
@@ -54,19 +60,26 @@ thread_local Scratch scratch;
 inline int64_t padded(int64_t dim) { return (dim + 15) / 16 * 16; }
 
 template <class T>
-inline void load_row(const T* from, vec* to, int64_t dim) {
-    int64_t whole = dim / 16;
-    for (int64_t c = 0; c < whole; c++) to[c] = load16(from + 16 * c);
-    if (dim % 16) {
-        float rest[16] = {};
-        for (int64_t i = 16 * whole; i < dim; i++) rest[i - 16 * whole] = load(from + i);
-        to[whole] = load16(rest);
+inline vec load_some(const T* from, int64_t count) {
+    float all[16] = {};
+    for (int64_t i = 0; i < count; i++) all[i] = load(from + i);
+    return load16(all);
+}
+
+// Where the tokens of a tile lie in the caches: elements from their start, for head 0.
+inline void find_rows(const Call& c, const int32_t* pages, int64_t first, int count, int64_t* rows) {
+    int64_t page = first / c.page_size, slot = first % c.page_size;
+    for (int j = 0; j < count;) {
+        const int64_t start = pages[page] * c.page_stride;
+        for (; j < count && slot < c.page_size; slot++) rows[j++] = start + slot * c.token_stride;
+        slot = 0;
+        page++;
     }
 }
 
 // The tile's keys as keys[d][position] and its values as values[position][d], zeros where the context has ended.
 template <class T>
-void load_tile(const Call& c, const int32_t* pages, int64_t kv_head, int64_t first, int count, float* keys, float* values) {
+void load_tile(const Call& c, const int64_t* rows, int64_t kv_head, int count, float* keys, float* values) {
     const int64_t dims = padded(c.dim), groups = dims / 16;
     vec block[16];
     const T* k_rows[16];
@@ -76,22 +89,20 @@ void load_tile(const Call& c, const int32_t* pages, int64_t kv_head, int64_t fir
             continue;
         }
         for (int i = 0; i < 16; i++) {
-            int64_t position = first + std::min(start + i, count - 1);  // repeats are masked
-            int64_t offset = pages[position / c.page_size] * c.page_stride + position % c.page_size * c.token_stride +
-                             kv_head * c.head_stride;
+            const int64_t offset = rows[std::min(start + i, count - 1)] + kv_head * c.head_stride;  // repeats are masked
             k_rows[i] = static_cast<const T*>(c.k_cache) + offset;
             if (start + i < count) {
                 const T* v_row = static_cast<const T*>(c.v_cache) + offset;
-                vec row[64];
-                load_row(v_row, row, c.dim);
-                for (int64_t g = 0; g < groups; g++) store16(values + (start + i) * dims + 16 * g, row[g]);
+                float* to = values + (start + i) * dims;
+                for (int64_t g = 0; g < c.dim / 16; g++) store16(to + 16 * g, load16(v_row + 16 * g));
+                for (int64_t d = c.dim / 16 * 16; d < dims; d++) to[d] = d < c.dim ? load(v_row + d) : 0.0f;
             }
         }
         for (int64_t g = 0; g < groups; g++) {
             int64_t left = c.dim - 16 * g;
             for (int i = 0; i < 16; i++) {
                 if (left >= 16) block[i] = load16(k_rows[i] + 16 * g);
-                else load_row(k_rows[i] + 16 * g, block + i, left);
+                else block[i] = load_some(k_rows[i] + 16 * g, left);
             }
             transpose16(block);
             for (int i = 0; i < 16; i++) store16(keys + (16 * g + i) * TILE + start, block[i]);
@@ -189,6 +200,166 @@ inline float weigh(float* scores, int64_t first, int64_t low, int64_t high, floa
     return decay;
 }
 
+// Asks for a row that the next tile will need.
+template <class T>
+inline void fetch_row(const T* row, int64_t count) {
+    for (int64_t d = 0; d < count; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + d, 0, 2);
+}
+
+// scores[r][position] for up to a tile of keys that are read where they lie. The last 16 may repeat a key; they are masked.
+template <class T, int R>
+void score_pages(const T* const* k_rows, const T* const* later, int count, const float* q, float* scores, int64_t dims) {
+    for (int start = 0; start < count; start += 16) {
+        vec part[R][16];
+        for (int i = 0; i < 16; i++) {
+            const T* k = k_rows[std::min(start + i, count - 1)];
+            fetch_row(later[start + i], dims);
+            vec sum[R];
+            vec x = load16(k);
+            for (int r = 0; r < R; r++) sum[r] = load16(q + r * dims) * x;
+            for (int64_t d = 16; d < dims; d += 16) {
+                x = load16(k + d);
+                for (int r = 0; r < R; r++) sum[r] += load16(q + r * dims + d) * x;
+            }
+            for (int r = 0; r < R; r++) part[r][i] = sum[r];
+        }
+        for (int r = 0; r < R; r++) store16(scores + r * TILE + start, sums16(part[r]));
+    }
+    for (int start = (count + 15) / 16 * 16; start < TILE; start += 16)
+        for (int r = 0; r < R; r++) store16(scores + r * TILE + start, splat(0.0f));
+}
+
+#ifdef __AVX512BF16__
+// The queries' scale is applied afterwards: products of bf16 numbers are exact in fp32, and the queries must stay bf16.
+template <int R>
+void score_pages_bf16(const bf16* const* k_rows, const bf16* const* later, int count, const bf16* const* q, float scale, float* scores, int64_t dims) {
+    for (int start = 0; start < count; start += 16) {
+        vec part[R][16];
+        for (int i = 0; i < 16; i++) {
+            const bf16* k = k_rows[std::min(start + i, count - 1)];
+            fetch_row(later[start + i], dims);
+            __m512 sum[R];
+            for (int r = 0; r < R; r++) sum[r] = _mm512_setzero_ps();
+            for (int64_t d = 0; d < dims; d += 32) {
+                const __m512bh x = (__m512bh)_mm512_loadu_si512(k + d);
+                for (int r = 0; r < R; r++) sum[r] = _mm512_dpbf16_ps(sum[r], x, (__m512bh)_mm512_loadu_si512(q[r] + d));
+            }
+            for (int r = 0; r < R; r++) part[r][i] = (vec)sum[r];
+        }
+        for (int r = 0; r < R; r++) store16(scores + r * TILE + start, sums16(part[r]) * scale);
+    }
+    for (int start = (count + 15) / 16 * 16; start < TILE; start += 16)
+        for (int r = 0; r < R; r++) store16(scores + r * TILE + start, splat(0.0f));
+}
+#endif
+
+template <class T, int R, int W>
+void mix_pages_columns(const T* const* v_rows, const T* const* later, int count, const float* weights, float* out, const float* decay, int64_t at,
+                       int64_t dims) {
+    vec sum[R][W];
+    for (int r = 0; r < R; r++)
+        for (int w = 0; w < W; w++) sum[r][w] = load16(out + r * dims + at + 16 * w) * decay[r];
+    for (int j = 0; j < count; j++) {
+        const T* v = v_rows[j] + at;
+        fetch_row(later[j] + at, 16 * W);
+        vec x[W];
+        for (int w = 0; w < W; w++) x[w] = load16(v + 16 * w);
+        for (int r = 0; r < R; r++) {
+            vec p = splat(weights[r * TILE + j]);
+            for (int w = 0; w < W; w++) sum[r][w] += p * x[w];
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int w = 0; w < W; w++) store16(out + r * dims + at + 16 * w, sum[r][w]);
+}
+
+// Up to DECODE_ROWS heads of one query against one tile, keys and values read where they lie.
+template <class T, int R>
+void decode_tile(const Call& c, const T* const* k_rows, const T* const* v_rows, const T* const* later_k, const T* const* later_v,
+                 int count, const float* q, const T* const* raw_q, const float* slopes, int64_t first, int64_t low,
+                 int64_t position, float* scores, float* out, float* peak, float* total) {
+    const int64_t dims = c.dim;
+#ifdef __AVX512BF16__
+    if constexpr (sizeof(T) == 2 && !std::is_same_v<T, fp16>) {
+        if (dims % 32 == 0) score_pages_bf16<R>(k_rows, later_k, count, raw_q, c.scale, scores, dims);
+        else score_pages<T, R>(k_rows, later_k, count, q, scores, dims);
+    } else
+#endif
+        score_pages<T, R>(k_rows, later_k, count, q, scores, dims);
+    float decay[R];
+    for (int r = 0; r < R; r++)
+        decay[r] = weigh(scores + r * TILE, first, low, first + count, slopes ? slopes[r] : 0.0f, position, peak[r], total[r]);
+    int64_t d = 0;
+    for (; d + 64 <= dims; d += 64) mix_pages_columns<T, R, 4>(v_rows, later_v, count, scores, out, decay, d, dims);
+    for (; d < dims; d += 16) mix_pages_columns<T, R, 1>(v_rows, later_v, count, scores, out, decay, d, dims);
+}
+
+// A sequence with one query: nothing is shared between queries, so no tile is unpacked. Needs dim % 16 == 0.
+template <class T>
+void run_decode(const Call& c, const Item& item) {
+    const int64_t dims = c.dim, group = c.heads / c.kv_heads;
+    const int32_t token = c.query_starts[item.sequence], context = c.context_lens[item.sequence];
+    const int32_t* pages = c.page_table + item.sequence * c.table_stride;
+    const int64_t first_head = item.kv_head * group, heads = (item.kv_head_end - item.kv_head) * group;
+    const int64_t position = context - 1;
+
+    float* q = scratch.get(size_t(heads) * (2 * dims + 2) + DECODE_ROWS * TILE + 64);
+    float* out = q + heads * dims;
+    float* peak = out + heads * dims;
+    float* total = peak + heads;
+    float* scores = total + heads + (16 - 2 * heads % 16) % 16;
+    const T* raw_q = static_cast<const T*>(c.q) + token * c.q_stride + first_head * c.q_head_stride;
+    for (int64_t h = 0; h < heads; h++)
+        for (int64_t d = 0; d < dims; d++) q[h * dims + d] = load(raw_q + h * c.q_head_stride + d) * c.scale;
+    std::fill(out, out + heads * dims, 0.0f);
+    std::fill(peak, peak + heads, NEVER);
+    std::fill(total, total + heads, 0.0f);
+
+    const int64_t lowest = c.window ? std::max<int64_t>(0, position - c.window + 1) : 0;
+    int64_t both[2][TILE], *rows = both[0], *later = both[1];
+    const T *k_rows[TILE], *v_rows[TILE], *later_k[TILE], *later_v[TILE];
+    const int64_t start = lowest / TILE * TILE;
+    find_rows(c, pages, start, int(std::min<int64_t>(TILE, context - start)), later);
+    for (int64_t first = start; first < context; first += TILE) {
+        const int count = int(std::min<int64_t>(TILE, context - first));
+        const int more = int(std::min<int64_t>(TILE, context - first - count));
+        const int64_t low = std::max(first, lowest);
+        std::swap(rows, later);
+        find_rows(c, pages, first + TILE, more, later);
+        for (int64_t k = item.kv_head; k < item.kv_head_end; k++) {
+            for (int j = 0; j < count; j++) {
+                k_rows[j] = static_cast<const T*>(c.k_cache) + rows[j] + k * c.head_stride;
+                v_rows[j] = static_cast<const T*>(c.v_cache) + rows[j] + k * c.head_stride;
+            }
+            for (int j = 0; j < TILE; j++) {
+                const int64_t at = (j < more ? later[j] : rows[0]) + k * c.head_stride;
+                later_k[j] = static_cast<const T*>(c.k_cache) + at;
+                later_v[j] = static_cast<const T*>(c.v_cache) + at;
+            }
+            for (int64_t g = 0; g < group; g += DECODE_ROWS) {
+                const int64_t h = (k - item.kv_head) * group + g;
+                const T* some_q[DECODE_ROWS];
+                const int n = int(std::min<int64_t>(DECODE_ROWS, group - g));
+                for (int r = 0; r < n; r++) some_q[r] = raw_q + (h + r) * c.q_head_stride;
+                const float* slopes = c.slopes ? c.slopes + first_head + h : nullptr;
+                auto run = [&](auto rows_known) {
+                    decode_tile<T, decltype(rows_known)::value>(c, k_rows, v_rows, later_k, later_v, count, q + h * dims, some_q, slopes, first, low,
+                                                                position, scores, out + h * dims, peak + h, total + h);
+                };
+                if (n == 1) run(std::integral_constant<int, 1>());
+                else if (n == 2) run(std::integral_constant<int, 2>());
+                else if (n == 3) run(std::integral_constant<int, 3>());
+                else run(std::integral_constant<int, 4>());
+            }
+        }
+    }
+    T* to = static_cast<T*>(c.out) + (token * c.heads + first_head) * dims;
+    for (int64_t h = 0; h < heads; h++) {
+        const float inverse = 1.0f / total[h];
+        for (int64_t d = 0; d < dims; d++) store(to + h * dims + d, out[h * dims + d] * inverse);
+    }
+}
+
 template <class T>
 void run_item(const Call& c, const Item& item) {
     const int64_t dims = padded(c.dim), group = c.heads / c.kv_heads;
@@ -196,6 +367,7 @@ void run_item(const Call& c, const Item& item) {
     const int32_t context = c.context_lens[item.sequence];
     const int32_t num_queries = c.query_starts[item.sequence + 1] - first_token;
     const int32_t* pages = c.page_table + item.sequence * c.table_stride;
+    if (num_queries == 1 && c.dim % 16 == 0) return run_decode<T>(c, item);
     const int queries = item.query_end - item.query, rows = queries * int(group);
     const int kv_heads = item.kv_head_end - item.kv_head;
 
@@ -223,11 +395,13 @@ void run_item(const Call& c, const Item& item) {
 
     const int64_t position_0 = context - num_queries + item.query;  // of the item's first query
     const int64_t end = position_0 + queries;
+    int64_t token_rows[TILE];
     const int64_t low_0 = c.window ? std::max<int64_t>(0, position_0 - c.window + 1) : 0;
     for (int64_t first = low_0 / TILE * TILE; first < end; first += TILE) {
         const int count = int(std::min<int64_t>(TILE, end - first));
+        find_rows(c, pages, first, count, token_rows);
         for (int h = 0; h < kv_heads; h++) {
-            load_tile<T>(c, pages, item.kv_head + h, first, count, keys, values);
+            load_tile<T>(c, token_rows, item.kv_head + h, count, keys, values);
             // Queries before this tile see nothing of it.
             int row = int(std::max<int64_t>(0, first - position_0) * group);
             for (; row < rows; row += ROWS) {
