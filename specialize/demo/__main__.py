@@ -66,7 +66,8 @@ def run(out: Path) -> int:
     """The whole demo; the exit code."""
     model = prepare(out, Reporter())
     inputs = ["--seeds", out / "seeds.jsonl", "--corpus", out / "corpus.jsonl", "--tasks", out / "tasks"]
-    arguments = ["run", "--model", model, *inputs, "--recipe", "demo", "--out", out / "run"]
+    # --redo: after an update of the program, stages whose settings changed are made anew without asking.
+    arguments = ["run", "--model", model, *inputs, "--recipe", "demo", "--out", out / "run", "--redo"]
     code = _command(arguments)
     if code == 0:
         question = ["generate", "--model", MODEL, "--adapter", out / "run" / "adapter", "--temperature", "0"]
