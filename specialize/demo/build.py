@@ -296,7 +296,8 @@ def _is_a_rows(
     wide = [term_id for term_id in _near_the_top(ontology) if term_id in kept_ids]
     rows, seconds, without = [], [], []
     for term in held_out:
-        inside = [term_id for term_id in wide if term_id in ontology.ancestors(term.id)]
+        ancestors = ontology.ancestors(term.id)
+        inside = [term_id for term_id in wide if term_id in ancestors]
         if inside and len(rows) < (wanted + 1) // 2:
             seconds.append(rng.choice(inside))
             rows.append(_is_a_row(ontology, term, seconds[-1], "yes"))
