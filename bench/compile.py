@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import kernels
+from ..kernels import tuning
 from ..kernels.spec import CompileCase, KernelSpec
 
 TARGETS = (80, 90, 100)
@@ -114,14 +115,20 @@ def _jobs(targets: Iterable[int], ops: Sequence[str] | None) -> list[tuple[str, 
     specs = kernel_specs()
     if ops and (missing := sorted(set(ops) - set(specs))):
         raise ValueError(f"unknown op {', '.join(missing)}; allowed: {', '.join(specs)}")
-    chosen = [spec for op, spec in specs.items() if not ops or op in ops]
-    return [
-        (spec.op, case, target)
-        for spec in chosen
-        for target in targets
-        for case in spec.compile_cases(target)
-        if target in case.targets
-    ]
+    jobs: dict[tuple[Any, ...], tuple[str, CompileCase, int]] = {}
+    for spec in (spec for op, spec in specs.items() if not ops or op in ops):
+        for target in targets:
+            # What runs on a device of this capability: its tuned configurations, and the defaults on one without a
+            # file.
+            for device in (*tuning.shipped_devices(target), ""):
+                with tuning.as_device(device):
+                    cases = spec.compile_cases(target)
+                for case in cases:
+                    if target in case.targets:
+                        settings = sorted({**case.constexprs, **case.options}.items(), key=str)
+                        key = (spec.op, case.name, target, str(settings), case.num_warps, case.num_stages)
+                        jobs.setdefault(key, (spec.op, case, target))
+    return list(jobs.values())
 
 
 def _worker(index: int, count: int, targets: Sequence[int], ops: Sequence[str] | None, limit: int | None) -> None:

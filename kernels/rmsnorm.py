@@ -122,7 +122,7 @@ def rmsnorm_backward_kernel(
 
 
 def _forward_config(block: int) -> dict[str, int]:
-    return {"rows": max(1, min(16, 2048 // block)), "num_warps": max(2, min(16, block // 1024))}
+    return {"rows": max(1, min(8, 2048 // block)), "num_warps": 4 if block <= 4096 else 8}
 
 
 def _backward_config(block: int) -> dict[str, int]:

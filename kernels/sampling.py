@@ -251,7 +251,7 @@ def _search(
     mass = tl.sum(above_mass)
     equals = tl.sum(equal_count)
     value = cut.to(tl.float32, bitcast=True)
-    missing = tl.where(by_count, goal - tl.sum(above_count), tl.ceil((goal - mass) / tl.maximum(value, 1e-38)))
+    missing = tl.where(by_count, goal - tl.sum(above_count), tl.ceil((goal - mass) / tl.maximum(value, 1e-37)))
     kept = tl.minimum(tl.maximum(missing, 1.0), equals)
     return cut, kept, equals, mass + kept * value
 

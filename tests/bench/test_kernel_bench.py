@@ -65,8 +65,7 @@ def test_environment_names_versions_and_commit():
 
 def test_tuned_files_answer_lookups(monkeypatch, tmp_path):
     monkeypatch.setattr(tuning, "FOLDER", tmp_path)
-    tuning._device_table.cache_clear()
-    tuning._lookup.cache_clear()
+    tuning.forget()
     default = {"rows": 1, "num_warps": 4}
     assert tuning.tuned_config("op", "64", default) == default
     tuning.write_tuned("op", "64", {"rows": 2})
@@ -80,8 +79,7 @@ def test_tuned_files_answer_lookups(monkeypatch, tmp_path):
     tuning.write_tuned("op", "64", {"stages": 2})
     with pytest.raises(ValueError, match="op: tuned configuration of bucket '64' sets 'stages'"):
         tuning.tuned_config("op", "64", default)
-    tuning._device_table.cache_clear()
-    tuning._lookup.cache_clear()
+    tuning.forget()
 
 
 def test_shipped_tuned_files_parse():
