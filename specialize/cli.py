@@ -1,6 +1,6 @@
 # pyright: reportMissingImports=false
 # The sibling folders join this package when it is installed (setup.py); by path pyright cannot see them from here.
-"""The command line: options to function calls, errors to one line and an exit code. Torch is imported by commands only."""
+"""The command line: options to function calls, errors to one line and an exit code. Commands import torch."""
 
 from __future__ import annotations
 
@@ -181,7 +181,8 @@ def _show_run(common: Common, folder: Path, result: dict[str, Any]) -> None:
                 m = row["mean"]
                 against = {"base": "the base", "seeds": "the seeds alone"}[row["against"]]
                 lines.append(
-                    f"expert against {against}, {row['shots']}-shot: {m['value']:+.1f} points [{m['low']:+.1f}, {m['high']:+.1f}]"
+                    f"expert against {against}, {row['shots']}-shot: {m['value']:+.1f} points "
+                    f"[{m['low']:+.1f}, {m['high']:+.1f}]"
                 )
         if (folder / "report.html").is_file():
             lines += ["", f"report: {(folder / 'report.html').resolve()}"]
@@ -333,7 +334,7 @@ def _run_stage(common: Common, run: Path, until: str, redo: bool, settings: tupl
 _stage_command(
     "synth",
     "filter",
-    "Make and filter the synthetic rows of a RUN (what comes before is done first).\n\n\b\nExample:\n  specialize synth r1",
+    "Make and filter the synthetic rows of a RUN; what comes before is done first.\n\n\b\nExample:\n  specialize synth r1",
 )
 
 
@@ -552,7 +553,8 @@ def generate(common: Common, prompt: str | None, model: str, adapter: str | None
     if o["prompts"] is not None:
         stats = generate_file(generator, o["prompts"], o["out"], params, adapter=name, reporter=common.reporter)
         shown: Any = stats
-        text = f"{o['out']}: {stats['generated_tokens']:,} tokens in {stats['seconds']:.1f} s ({stats['generated_tokens_per_second']:,.0f} a second)"
+        rate = stats["generated_tokens_per_second"]
+        text = f"{o['out']}: {stats['generated_tokens']:,} tokens in {stats['seconds']:.1f} s ({rate:,.0f} a second)"
     else:
         import time
 
@@ -693,3 +695,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"specialize: {message}", file=sys.stderr)
         code = 1
     raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()

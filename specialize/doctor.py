@@ -7,7 +7,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import sys
 from importlib import metadata
 from typing import Any
 
@@ -93,8 +92,6 @@ def examine() -> dict[str, Any]:
         problems.append(f"the cache folder {cache} cannot be written; set XDG_CACHE_HOME to a folder that can")
     if free < 2:
         notes.append(f"only {free:.1f} GiB are free at {parent}")
-    if sys.version_info < (3, 10):
-        problems.append("Python 3.10 or newer is needed")
     fetched = [name for name in PACKAGES if (cache / "packages" / name).is_dir()]
     return {
         "python": platform.python_version(),

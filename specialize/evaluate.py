@@ -26,7 +26,7 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class System:
-    """What is scored: the base alone (``adapter`` None) or with an adapter folder. ``identity`` changes with its weights."""
+    """What is scored: the base alone (``adapter`` None) or with an adapter folder. ``identity`` is its weights'."""
 
     name: str
     adapter: str | None
@@ -36,7 +36,7 @@ class System:
 
 @dataclass(frozen=True)
 class Scores:
-    """One system on one task with one number of shots. ``rows``: per metric the per-example columns the bootstrap draws."""
+    """One system on one task with one number of shots. ``rows``: by metric, the columns the bootstrap draws from."""
 
     task: str
     shots: int
@@ -99,7 +99,7 @@ class EvalReport:
         return [scores for scores in self.scores if scores.shots == shots]
 
     def mean(self, shots: int, metric: str, *, without: str | None = None) -> tuple[float, float, float]:
-        """Mean over the tasks in percent with its interval; every task counts alike, examples are drawn within tasks."""
+        """Mean over the tasks in percent with its interval; tasks count alike, examples are drawn within tasks."""
         chosen = [s for s in self.of(shots) if s.task != without]
         if not chosen:
             return float("nan"), float("nan"), float("nan")
@@ -109,7 +109,7 @@ class EvalReport:
         return _percent(point), _percent(low), _percent(high)
 
 
-def _percent(value: float) -> float:
+def _percent(value: Any) -> float:
     return round(100 * float(value), 2)
 
 
@@ -238,8 +238,8 @@ def evaluate(
 
 
 def compare(one: EvalReport, other: EvalReport, shots: int, metric: str = "token_f1") -> dict[str, Any]:
-    """``one`` minus ``other`` in points: per task and mean with paired bootstrap intervals, and the mean without the task
-    that moved most."""
+    """``one`` minus ``other`` in points: per task and mean with paired bootstrap intervals, and the mean without the
+    task that moved most."""
     theirs = {s.task: s for s in other.of(shots)}
     pairs = [(s, theirs[s.task]) for s in one.of(shots) if s.task in theirs and s.n == theirs[s.task].n]
     if not pairs:

@@ -25,7 +25,7 @@ class Kind:
     """A kind of seed task. ``form`` of its answers: "entities" (name <Type>, …), "list" (a, b, …), "label" or "text".
 
     ``unit`` of its inputs: "sentence" or "passage" (cut from the corpus), "fields" (lines ``Name: value`` of which
-    ``material`` is cut from the corpus and the others are written), "written" (a model writes it from a passage), "none".
+    ``material`` is cut from the corpus and the others are written), "written" (by a model, from a passage), "none".
     """
 
     id: int
@@ -178,7 +178,7 @@ def consensus(kind: Kind | None, texts: Sequence[str], input: str, *, share: flo
         first = {normalise(t): t for t in reversed(texts)}
         return first[max(votes, key=lambda label: votes[label])]
     if kind is not None and kind.form in ("entities", "list"):
-        votes: Counter[tuple[str, str]] = Counter()
+        named: Counter[tuple[str, str]] = Counter()
         written: dict[tuple[str, str], tuple[str, str]] = {}
         for text in texts:
             seen = set()
@@ -186,9 +186,9 @@ def consensus(kind: Kind | None, texts: Sequence[str], input: str, *, share: flo
                 key = (" ".join(name.lower().split()), type_.lower())
                 if key not in seen:
                     seen.add(key)
-                    votes[key] += 1
+                    named[key] += 1
                     written.setdefault(key, (name, type_))
-        chosen = [key for key in written if votes[key] >= share * len(texts)]
+        chosen = [key for key in written if named[key] >= share * len(texts)]
         lowered = input.lower()
         if kind.extractive:
             order = {key: (lowered.find(key[0]) if key[0] in lowered else len(lowered), -len(key[0])) for key in chosen}

@@ -1,7 +1,7 @@
 """The run's ledger: one SQLite file in write-ahead mode with one row per item, from its prompt to its verdict.
 
-Every write is one committed transaction, so that a killed process loses at most the item it was working on. Item ids are
-computed from the recipe, never counted from the table, and are inserted once; a resumed run asks which are missing.
+Every write is one committed transaction, so that a killed process loses at most the item it was working on. Item ids
+are computed from the recipe, never counted from the table, and are inserted once; a resumed run asks which are missing.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Reply:
-    """One raw model output for an item: ``purpose`` is "instruction", "input" or "response"; sample 0 is the greedy one."""
+    """One raw model output for an item: ``purpose`` is "instruction", "input" or "response"; sample 0 is greedy."""
 
     id: str
     item_id: str
@@ -155,8 +155,8 @@ class Ledger:
         """Insert items that are not there yet; returns how many were new."""
         before = self._db.total_changes
         self._db.executemany(
-            "INSERT OR IGNORE INTO items (id, round, wave, source, kind, instruction, input, output, status, reason, detail, "
-            "score, provenance, created) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT OR IGNORE INTO items (id, round, wave, source, kind, instruction, input, output, status, reason, "
+            "detail, score, provenance, created) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             [
                 (
                     *(i.id, i.round, i.wave, i.source, i.kind, i.instruction, i.input, i.output, i.status, i.reason),
@@ -174,8 +174,8 @@ class Ledger:
                 where.append(f"{name} = ?")
                 values.append(value)
         rows = self._db.execute(
-            "SELECT id, round, wave, source, kind, instruction, input, output, status, reason, detail, score, provenance "
-            f"FROM items WHERE {' AND '.join(where)} ORDER BY id",
+            "SELECT id, round, wave, source, kind, instruction, input, output, status, reason, detail, score, "
+            f"provenance FROM items WHERE {' AND '.join(where)} ORDER BY id",
             values,
         )
         return [Item(*row[:12], provenance=json.loads(row[12])) for row in rows]
@@ -241,8 +241,8 @@ class Ledger:
         wanted = None if item_ids is None else set(item_ids)
         found: dict[str, list[Reply]] = {}
         rows = self._db.execute(
-            "SELECT id, item_id, purpose, sample, raw, finish_reason, tokens, provenance FROM replies WHERE purpose = ? "
-            "ORDER BY item_id, sample",
+            "SELECT id, item_id, purpose, sample, raw, finish_reason, tokens, provenance FROM replies "
+            "WHERE purpose = ? ORDER BY item_id, sample",
             (purpose,),
         )
         for row in rows:

@@ -1,8 +1,8 @@
 """A run: its folder, its stages, and what is redone when settings change.
 
 recipe → index → teacher → instructions → responses → filter → tune → control → evaluate → report. Each stage reads and
-writes the ledger; a stage that was begun goes on, a finished one is skipped. A stage's fingerprint holds its settings and
-the fingerprints of what it builds on.
+writes the ledger; a stage that was begun goes on, a finished one is skipped. A stage's fingerprint holds its settings
+and the fingerprints of what it builds on.
 """
 
 # pyright: reportMissingImports=false
@@ -34,7 +34,7 @@ from .tune import encode, epoch_tokens, seed_examples, train, train_config
 
 STAGES = ("index", "teacher", "instructions", "responses", "filter", "tune", "control", "evaluate", "report")
 INPUTS = ("model", "seeds", "corpus", "tasks")
-# The teacher serves as the seeds-only control when its training tokens differ from the expert's by less than this share.
+# The teacher is the seeds-only control when its training tokens differ from the expert's by less than this share.
 EQUAL_TOKENS = 0.05
 
 
@@ -384,8 +384,8 @@ class Run:
         counts = ledger.counts(round)
         if not counts.get("kept"):
             raise InputError(
-                f"round {round}: no candidate passed the filter; the commonest reason: {next(iter(ledger.reasons(round)), 'none')}. "
-                f"The ledger {ledger.path} holds every reply"
+                f"round {round}: no candidate passed the filter; the commonest reason: "
+                f"{next(iter(ledger.reasons(round)), 'none')}. The ledger {ledger.path} holds every reply"
             )
         if counts["kept"] < self.recipe.examples:
             self.reporter.say(
@@ -486,7 +486,7 @@ class Run:
         name = self._adapter_name(teacher)
         per_item = 1 + self.recipe.responses.samples
         by_id = {item.id: item for item in items}
-        got = {i: r for i, r in ledger.replies("response", by_id).items()}
+        got = ledger.replies("response", by_id)
         passing = sum(
             1 for i, replies in got.items() if len(replies) == per_item and maker.judge(by_id[i], replies)[0].kept
         )
@@ -734,7 +734,7 @@ def _split(name: str) -> tuple[str, int]:
 
 
 def _builds_on(name: str, other: str) -> bool:
-    """Whether stage ``name`` uses what stage ``other`` made. The teacher stands on the seeds alone, the control on all."""
+    """Whether stage ``name`` uses what stage ``other`` made."""
     stage, round = _split(name)
     before, its_round = _split(other)
     if stage in ("index", "teacher", "control"):  # the control's number of tokens is looked at when it is made

@@ -31,7 +31,7 @@ class Teacher:
 @dataclass(frozen=True)
 class Instructions:
     """Where candidates come from. ``novel`` is the share of invented instructions; the rest pairs the seeds' kinds of
-    task with inputs cut from the corpus. ``material`` says which documents: "nearest" to the kind's seeds or "random"."""
+    task with inputs cut from the corpus. ``material``: documents "nearest" to the kind's seeds, or "random" ones."""
 
     novel: float = 0.0
     novel_input: str = "corpus"
@@ -66,8 +66,8 @@ class Responses:
 
 @dataclass(frozen=True)
 class Filter:
-    """``rouge_l``: an instruction nearer than this to a kept one is rejected. ``min_agreement``: samples that agree less
-    are rejected. ``balance``: each kind of task keeps an equal share, and labels keep the proportions of the seeds."""
+    """``rouge_l``: an instruction nearer than this to a kept one is rejected. ``min_agreement``: samples that agree
+    less are rejected. ``balance``: each kind of task keeps an equal share, and labels keep the proportions of the seeds."""
 
     enabled: bool = True
     rouge_l: float = 0.7
@@ -81,8 +81,8 @@ class Filter:
 
 @dataclass(frozen=True)
 class Tune:
-    """LoRA on base weights. ``epochs`` are passes over seeds and kept rows together; with ``budget: teacher`` there are as
-    many passes as spend the teacher's tokens. The control on the seeds alone gets as many tokens as the expert.
+    """LoRA on base weights. ``epochs`` are passes over seeds and kept rows together; with ``budget: teacher`` there are
+    as many passes as spend the teacher's tokens. The control on the seeds alone gets as many tokens as the expert.
     ``teacher_epochs`` are passes over the seeds for the model that answers."""
 
     rank: int = 16

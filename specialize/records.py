@@ -31,7 +31,7 @@ class Seed:
 
 @dataclass(frozen=True)
 class Example:
-    """One training row. ``source`` is "seed", "corpus" (input taken from real text) or "novel" (invented instruction)."""
+    """One training row. ``source`` is "seed", "corpus" (input from real text) or "novel" (invented instruction)."""
 
     id: str
     source: str
@@ -44,7 +44,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the filter says of one candidate: kept, or rejected for ``reason`` (a short fixed phrase, so it can be counted)."""
+    """What the filter says of one candidate: kept, or rejected for ``reason``, a short fixed phrase that can be counted."""
 
     kept: bool
     reason: str = ""
@@ -139,7 +139,7 @@ def text_field(row: dict[str, Any], name: str, where: str, *, empty_ok: bool = F
 
 
 def read_seeds(path: str | Path) -> list[Seed]:
-    """Read ``{"instruction", "input", "output", "task"?}`` lines. An exact repetition is an error that names both lines."""
+    """Read ``{"instruction", "input", "output", "task"?}`` lines. A repetition is an error that names both lines."""
     seeds: list[Seed] = []
     lines: dict[tuple[str, str], int] = {}
     for number, row in read_json_lines(path, "seeds"):

@@ -30,7 +30,9 @@ def write_report(folder: Path) -> Path:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    template = environment.from_string((Path(__file__).parent / "templates" / "report.html").read_text(encoding="utf-8"))
+    template = environment.from_string(
+        (Path(__file__).parent / "templates" / "report.html").read_text(encoding="utf-8")
+    )
     path = folder / "report.html"
     write_text(path, template.render(**values))
     return path
@@ -118,7 +120,8 @@ def _notes(found: dict[str, Any]) -> list[str]:
         for task, shots, count, cut in sorted(dropped):
             if count:
                 notes.append(
-                    f"{name}, {task}, {shots}-shot: shots were dropped from {count} prompts that did not fit the context."
+                    f"{name}, {task}, {shots}-shot: shots were dropped from {count} prompts that did not fit the "
+                    "context."
                 )
             if cut:
                 notes.append(f"{name}, {task}, {shots}-shot: {cut} inputs were cut to fit the context.")

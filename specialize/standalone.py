@@ -277,7 +277,7 @@ def systems_table(found: dict[str, Any], metric: str = "token_f1") -> list[tuple
         (name, shots) for name, report in systems.items() for shots in sorted({r["shots"] for r in report["results"]})
     ]
     names = {"seeds": "seeds alone"}
-    head = ("task", *(f"{names.get(n, n)}, {s}-shot" for n, s in columns))
+    head: tuple[str, ...] = ("task", *(f"{names.get(n, n)}, {s}-shot" for n, s in columns))
     cells = {
         (name, r["shots"], r["task"]): r
         for name, report in systems.items()

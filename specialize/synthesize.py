@@ -163,7 +163,7 @@ class Synthesizer:
         return self.index.search(list(queries), k, mode=self.recipe.retrieval.mode)
 
     def _document_order(self, kind: Kind | None, wanted: int) -> list[Any]:
-        """All documents: first, shuffled, those near the kind's seeds and enough for ``wanted`` inputs, then the rest."""
+        """All documents: first, shuffled, those near the kind's seeds, enough for ``wanted`` inputs, then the rest."""
         generator = random.Random(number_of(self.recipe.seed, "documents", kind.id if kind else "novel"))
         rest = list(self.documents)
         generator.shuffle(rest)
@@ -183,7 +183,7 @@ class Synthesizer:
         return [self._by_document[i] for i in near] + [d for d in rest if d.id not in chosen]
 
     def materials(self, kind: Kind | None) -> list[Material]:
-        """Corpus pieces for a kind's inputs in the order of use, no two alike and none a seed's own. ``None``: novel ones."""
+        """Corpus pieces for a kind's inputs in order of use, no two alike, none a seed's own. ``None``: for novel items."""
         key = -1 if kind is None else kind.id
         if key in self._materials:
             return self._materials[key]

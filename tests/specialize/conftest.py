@@ -1,4 +1,4 @@
-"""A whole tiny domain in a folder: random model with a real tokenizer, seeds, corpus, tasks, and a recipe of seconds."""
+"""A whole tiny domain in a folder: random model with a real tokenizer, seeds, corpus, tasks, and a quick recipe."""
 
 import json
 from pathlib import Path
@@ -7,10 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
 from specialize.engine.config import ModelConfig
 from specialize.engine.weights import RandomTensors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 ANIMALS = ["cat", "dog", "owl", "fox", "hen", "bat", "cow", "ant"]
 PLACES = ["barn", "wood", "yard", "cave", "field", "nest"]
@@ -38,7 +37,9 @@ def write_model(folder: Path, text: str) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator([text] * 4, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
@@ -65,19 +66,27 @@ def write_domain(folder: Path) -> SimpleNamespace:
         text = f"On day {i} the {animal} went to the {place} and had a rest there for some hours. It ate {i} seeds."
         documents.append({"id": f"d{i}", "title": f"Day {i}", "text": text})
     for i in range(6):
-        examples.append({"input": f"Evening {i}: the {ANIMALS[i]} sat awake on the {PLACES[i]} roof.", "outputs": ["no"]})
+        examples.append(
+            {"input": f"Evening {i}: the {ANIMALS[i]} sat awake on the {PLACES[i]} roof.", "outputs": ["no"]}
+        )
     (folder / "seeds.jsonl").write_text(lines(seeds))
     (folder / "corpus.jsonl").write_text(lines(documents))
     (folder / "tasks").mkdir()
     shots = [{"input": s["input"], "output": s["output"]} for s in seeds[:2]]
-    task = {"name": "awake", "instruction": "Say whether the animal sleeps.", "metric": "f1", "shots": shots, "examples": examples}
+    task = {
+        "name": "awake",
+        "instruction": "Say whether the animal sleeps.",
+        "metric": "f1",
+        "shots": shots,
+        "examples": examples,
+    }
     (folder / "tasks" / "awake.json").write_text(json.dumps(task))
     (folder / "recipe.yaml").write_text(RECIPE)
     text = " ".join(s["input"] + s["output"] for s in seeds) + " ".join(d["text"] for d in documents)
     write_model(folder / "model", text + " ### Instruction:\n\n### Input:\n\n### Response:\nyes no yes no yes no")
     return SimpleNamespace(
         folder=folder,
-        inputs={name: str(folder / path) for name, path in (("model", "model"), ("seeds", "seeds.jsonl"), ("corpus", "corpus.jsonl"), ("tasks", "tasks"))},
+        inputs={path.split(".")[0]: str(folder / path) for path in ("model", "seeds.jsonl", "corpus.jsonl", "tasks")},
         recipe=folder / "recipe.yaml",
     )  # fmt: skip
 

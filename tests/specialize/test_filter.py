@@ -6,12 +6,12 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_metrics import table_lcs
 
 from specialize import filter as rules
 from specialize.kinds import kinds_of
 from specialize.metrics import rouge_words
 from specialize.records import Example, Seed, Task, TaskExample
-from test_metrics import table_lcs
 
 VOCABULARY = ["find", "list", "the", "all", "disease", "gene", "in", "text", "name", "every", "write", "a"]
 TEXTS = st.lists(st.lists(st.sampled_from(VOCABULARY), max_size=12).map(" ".join), max_size=12)
@@ -64,10 +64,13 @@ def seeds(kind, rows):
 
 ENTITIES = seeds(
     "ner",
-    [("gout and fever here in this text", "gout <Disease>, fever <Disease>"), ("a case of flu today", "flu <Disease>")] * 2,
+    [("gout and fever here in this text", "gout <Disease>, fever <Disease>"), ("a case of flu today", "flu <Disease>")]
+    * 2,
 )
 LABELS = seeds("qa", [("is it so one", "yes"), ("is it so two", "no"), ("is it so three", "yes"), ("and four", "no")])
-FREE = seeds("free", [("some long text to be told", "The heart is large and the rest is small."), ("more", "It is so, as told.")])
+FREE = seeds(
+    "free", [("some long text to be told", "The heart is large and the rest is small."), ("more", "It is so, as told.")]
+)
 NER, QA, FREE_KIND = kinds_of([*ENTITIES, *LABELS, *FREE])
 
 
@@ -81,7 +84,13 @@ NER, QA, FREE_KIND = kinds_of([*ENTITIES, *LABELS, *FREE])
         ("word " + " ".join(f"w{i}" for i in range(300)), "x", None, "stop", rules.TOO_LONG),
         ("so", "x", FREE_KIND, "stop", rules.TOO_SHORT),
         ("The heart is large and the rest is small.", "x", FREE_KIND, "stop", rules.COPIED_DEMONSTRATION),
-        ("one two three four five six seven eight", "One two three four five  six seven eight", None, "stop", rules.COPIED_INPUT),
+        (
+            "one two three four five six seven eight",
+            "One two three four five  six seven eight",
+            None,
+            "stop",
+            rules.COPIED_INPUT,
+        ),
         ("perhaps", "x", QA, "stop", "label not among those of the seeds"),
         ("gout <Gene>", "gout here", NER, "stop", "label not among those of the seeds"),
         ("cancer <Disease>", "gout here", NER, "stop", "span not in the input"),
@@ -115,12 +124,16 @@ def test_instructions():
 
 def test_overlap_with_evaluation_data():
     text = " ".join(f"word{i}" for i in range(20))
-    task = Task("t", "Do.", "token_f1", (), (), (TaskExample(text, ("x",)), TaskExample("quite short text here", ("y",))))
+    task = Task(
+        "t", "Do.", "token_f1", (), (), (TaskExample(text, ("x",)), TaskExample("quite short text here", ("y",)))
+    )
     overlap = rules.EvaluationOverlap([task], n=8)
     assert overlap.hits("before " + " ".join(text.split()[5:13]) + " after") == {("t", 0)}
     assert overlap.hits(" ".join(text.split()[5:12])) == set()
     assert overlap.hits("Quite short TEXT here!") == {("t", 1)}
-    found = overlap.report([Example("r1", "corpus", "k", "i", text, "o"), Example("r2", "corpus", "k", "i", "other", "o")])
+    found = overlap.report(
+        [Example("r1", "corpus", "k", "i", text, "o"), Example("r2", "corpus", "k", "i", "other", "o")]
+    )
     assert found["training_rows"] == 1
     assert found["rows"] == ["r1"]
     assert found["tasks"]["t"] == {"examples": 2, "overlapping": 1}

@@ -9,11 +9,21 @@ def make(kind, rows):
 
 
 SENTENCE = "The patient had gout and a fever that lasted for nine days."
-NER = make("ner", [(SENTENCE, "gout <Disease>, fever <Disease>"), ("It was flu, not measles, said the doctor.", "flu <Disease>, measles <Disease>")])
+NER = make(
+    "ner",
+    [
+        (SENTENCE, "gout <Disease>, fever <Disease>"),
+        ("It was flu, not measles, said the doctor.", "flu <Disease>, measles <Disease>"),
+    ],
+)
 PASSAGE = " ".join(["A long abstract with many words in it."] * 12)
 QA = make("qa", [(f"Abstract: {PASSAGE}\nQuestion: Is it {i}?", "yes" if i % 2 else "no") for i in range(6)])
-SYNONYMS = make("synonyms", [("Gout", "podagra, urate arthritis"), ("Fever", "pyrexia, high temperature, febrile state")])
-TITLE = make("title", [(PASSAGE, "What a long abstract says about words."), (PASSAGE + " More.", "Words, and what is in them.")])
+SYNONYMS = make(
+    "synonyms", [("Gout", "podagra, urate arthritis"), ("Fever", "pyrexia, high temperature, febrile state")]
+)
+TITLE = make(
+    "title", [(PASSAGE, "What a long abstract says about words."), (PASSAGE + " More.", "Words, and what is in them.")]
+)
 
 
 def test_kinds_are_read_off_the_seeds():
@@ -34,7 +44,12 @@ def test_fields():
 
 def test_consensus_of_entities_is_a_vote_in_the_order_of_the_input():
     [kind] = kinds_of(NER)
-    samples = ["fever <Disease>, gout <Disease>", "gout <Disease>", "Fever <Disease>, nine <Disease>", "gout <Disease>, fever <Disease>"]
+    samples = [
+        "fever <Disease>, gout <Disease>",
+        "gout <Disease>",
+        "Fever <Disease>, nine <Disease>",
+        "gout <Disease>, fever <Disease>",
+    ]
     assert consensus(kind, samples, SENTENCE) == "gout <Disease>, fever <Disease>"
     assert consensus(kind, samples, SENTENCE, share=1.0) == ""
 

@@ -101,7 +101,7 @@ def test_not_a_ledger(tmp_path):
 
 
 def test_second_process_is_refused(tmp_path):
-    code = "import sys; from specialize.ledger import run_lock\nfrom pathlib import Path\nwith run_lock(Path(sys.argv[1])): pass"
+    code = "import sys, pathlib; from specialize.ledger import run_lock\nwith run_lock(pathlib.Path(sys.argv[1])): pass"
     with run_lock(tmp_path):
         found = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert found.returncode == 1

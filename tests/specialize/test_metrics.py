@@ -22,7 +22,9 @@ from specialize.metrics import (
     token_f1,
 )
 
-WORDS = st.lists(st.sampled_from(["a", "the", "Cell", "cell,", "gene", "<Gene>", "p53", "An", "x.", "yes", "no"]), max_size=9)
+WORDS = st.lists(
+    st.sampled_from(["a", "the", "Cell", "cell,", "gene", "<Gene>", "p53", "An", "x.", "yes", "no"]), max_size=9
+)
 
 
 def plain_normalise(text):

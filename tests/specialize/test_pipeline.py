@@ -129,14 +129,15 @@ def run_in_child(tiny, folder, *point):
             killed_at(*point)
             open_run(tiny, folder).execute()
             os._exit(0)
-        except BaseException:
+        except BaseException:  # noqa: BLE001, a child that goes on as pytest would be worse
             os._exit(1)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def test_killed_runs_end_like_an_undisturbed_one(finished, tiny, tmp_path):
-    from specialize import pipeline
     from specialize.train.loop import Trainer
+
+    from specialize import pipeline
 
     folder = tmp_path / "killed"
     points = [
@@ -211,6 +212,7 @@ def test_inputs_are_checked_before_any_work(tiny, tmp_path):
 
 def test_shots_are_dropped_until_a_prompt_fits(tiny):
     from specialize.engine.tokenizer import Tokenizer
+
     from specialize.evaluate import fit_prompt
     from specialize.records import read_tasks
 
@@ -221,7 +223,10 @@ def test_shots_are_dropped_until_a_prompt_fits(tiny):
     def fit(limit):
         return fit_prompt(tokenizer, task, text, 2, max_context=limit, max_tokens=4)
 
-    sizes = [len(tokenizer.encode(fit_prompt(tokenizer, task, text, n, max_context=9999, max_tokens=4)[0])) for n in (0, 1, 2)]
+    sizes = [
+        len(tokenizer.encode(fit_prompt(tokenizer, task, text, n, max_context=9999, max_tokens=4)[0]))
+        for n in (0, 1, 2)
+    ]
     assert [fit(size + 4)[1:] for size in sizes] == [(0, False), (1, False), (2, False)]
     assert [fit(size + 3)[1] for size in sizes[1:]] == [0, 1]
     prompt, used, cut = fit(sizes[0] + 3)
@@ -243,5 +248,7 @@ def test_no_evaluation_question_among_the_rows(finished, tiny):
 def test_seed_kinds_without_a_task_field_go_by_instruction(tmp_path):
     from specialize.kinds import kinds_of
 
-    rows = [Seed(f"s{i}", f"Do {i % 2}.", f"Do {i % 2}.", f"text {i} of some length here for it", "yes") for i in range(6)]
+    rows = [
+        Seed(f"s{i}", f"Do {i % 2}.", f"Do {i % 2}.", f"text {i} of some length here for it", "yes") for i in range(6)
+    ]
     assert [len(k.seeds) for k in kinds_of(rows)] == [3, 3]

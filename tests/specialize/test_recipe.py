@@ -20,7 +20,7 @@ def test_all_shipped_recipes_are_tested():
 @pytest.mark.parametrize(
     ("text", "line", "message"),
     [
-        ("name: x\ntune:\n  rank: 8\n  rnk: 9\n", 4, "unknown setting \"tune.rnk\""),
+        ("name: x\ntune:\n  rank: 8\n  rnk: 9\n", 4, 'unknown setting "tune.rnk"'),
         ("examples: 10\nexamples: 20\n", 2, "set twice"),
         ("tune:\n  rank: many\n", 2, "tune.rank must be a whole number"),
         ("tune:\n  rank: 0\n", 2, "tune.rank is 0; allowed: 1 to 1024"),

@@ -1,0 +1,292 @@
+"""The command line: wrong input in one line and exit code 2, generation and tuning and evaluation by file, Ctrl-C."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from specialize import cli
+
+
+def call(capsys, *arguments):
+    """(exit code, stdout, stderr) of a command run in this process."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    return caught.value.code, out, err
+
+
+@pytest.fixture(scope="module")
+def arguments(tiny):
+    return [x for name, path in tiny.inputs.items() for x in (f"--{name}", path)]
+
+
+def test_importing_the_command_line_is_quick_and_loads_no_torch():
+    code = "import sys, time; t = time.perf_counter(); import specialize.cli; "
+    code += "print(time.perf_counter() - t, 'torch' in sys.modules)"
+    best = min(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        for _ in range(3)
+    )
+    seconds, torch_loaded = best.split()
+    assert torch_loaded == "False"
+    assert float(seconds) < 0.5
+
+
+def test_every_command_explains_itself(capsys):
+    code, out, _ = call(capsys, "--help")
+    assert code == 0
+    for name, command in cli.cli.commands.items():
+        assert name in out
+        if name != "bench":  # its --help is the benchmark's own
+            assert "Example" in call(capsys, name, "--help")[1] or name == "doctor", name
+            assert command.help
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["generate", "--model", "nowhere", "hello"], "nowhere"),
+        (["generate", "--model", "nowhere"], "give a PROMPT or --prompts"),
+        (["generate", "--model", "m", "--prompts", "x.jsonl"], "--out"),
+        (["run", "--out", "OUT"], "--model is missing"),
+        (["tune", "--model", "m"], "--data is missing"),
+        (["eval", "--tasks", "t"], "--model is missing"),
+        (["synth", "OUT"], "is no run folder"),
+        (["report", "OUT"], "is no run folder"),
+        (["search", "OUT", "query"], "does not exist"),
+        (["fetch", "no-such-name"], "unknown name"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(capsys, tmp_path, command, message):
+    code, out, err = call(capsys, *[str(tmp_path / "out") if a == "OUT" else a for a in command])
+    assert code == 2
+    assert out == ""
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_wrong_usage_is_exit_code_2(capsys):
+    assert call(capsys, "run", "--nonsense")[0] == 2
+    assert call(capsys, "generate", "--model", "m", "x", "--max-tokens", "0")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("seeds", "{bad\n", ":1: not JSON"),
+        ("seeds", "", "is empty"),
+        ("tasks", '{"name": "x"}', "no examples"),
+        ("corpus", '{"id": "a", "title": "", "text": "fine text"}\n{"id": "b"}\n', ":2"),
+        ("corpus", "", ""),
+    ],
+)
+def test_bad_files_of_a_run(capsys, tiny, tmp_path, name, content, message):
+    path = tmp_path / ("t.json" if name == "tasks" else f"{name}.jsonl")
+    path.write_text(content)
+    inputs = tiny.inputs | {name: str(path)}
+    flags = [x for key, value in inputs.items() for x in (f"--{key}", value)]
+    code, _, err = call(capsys, "run", *flags, "--recipe", tiny.recipe, "--out", tmp_path / "run", "--quiet")
+    assert code == 2
+    assert str(path) in err
+    assert message in err
+    assert len([line for line in err.splitlines() if line.startswith("specialize:")]) == 1
+
+
+def test_generate_by_file_is_in_order(capsys, tiny, tmp_path):
+    prompts = tmp_path / "in.jsonl"
+    rows = [{"prompt": "The cat"}, {"prompt_ids": [5, 6, 7, 8, 9]}, {"prompt": "The owl that we saw"}]
+    prompts.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    out, stats = tmp_path / "out.jsonl", tmp_path / "stats.json"
+    flags = [
+        "--model",
+        tiny.inputs["model"],
+        "--dtype",
+        "fp32",
+        "--max-tokens",
+        5,
+        "--ignore-eos",
+        "--n",
+        2,
+        "--temperature",
+        1,
+    ]
+    code, _, err = call(
+        capsys, "generate", *flags, "--prompts", prompts, "--out", out, "--stats", stats, "--logprobs", 2
+    )
+    assert code == 0, err
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(found) == 6
+    assert all(set(r) == {"text", "token_ids", "finish_reason", "logprobs"} for r in found)
+    assert all(len(r["token_ids"]) == len(r["logprobs"]) == 5 for r in found)
+    numbers = json.loads(stats.read_text())
+    assert numbers["generated_tokens"] == 30
+    assert numbers["prompt_tokens"] > 5
+    assert {"seconds", "tokens_per_second", "generated_tokens_per_second"} <= set(numbers)
+
+    from specialize.engine import Generator, SamplingParams
+
+    generator = Generator.from_pretrained(tiny.inputs["model"], dtype="fp32")
+    params = SamplingParams(max_tokens=5, temperature=1.0, ignore_eos=True, n=2)
+    expected = generator.generate([r.get("prompt") or r["prompt_ids"] for r in rows], params)
+    assert [r["token_ids"] for r in found] == [c.token_ids for c in expected]
+
+    prompts.write_text('{"prompt": "x"}\n{"text": "y"}\n')
+    code, _, err = call(capsys, "generate", *flags, "--prompts", prompts, "--out", out)
+    assert code == 2
+    assert f"{prompts}:2: neither" in err
+
+
+def test_tune_and_eval_outside_a_run(capsys, tiny, tmp_path):
+    data, adapter, stats = tmp_path / "rows.jsonl", tmp_path / "adapter", tmp_path / "stats.json"
+    rows = [{"instruction": "Say it.", "input": f"number {i}", "output": "yes"} for i in range(6)]
+    rows.append({"prompt": "raw prompt", "response": "no"})
+    data.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    flags = ["--model", tiny.inputs["model"], "--dtype", "fp32"]
+    code, _, err = call(
+        capsys,
+        "tune",
+        *flags,
+        "--data",
+        data,
+        "--out",
+        adapter,
+        "--rank",
+        4,
+        "--epochs",
+        2,
+        "--batch",
+        4,
+        "--lr",
+        0.01,
+        "--stats",
+        stats,
+    )
+    assert code == 0, err
+    numbers = json.loads(stats.read_text())
+    assert numbers["steps"] == 4
+    assert len(numbers["losses"]) == 4
+    assert numbers["tokens"] > 0
+    assert {"seconds", "tokens_per_second"} <= set(numbers)
+    assert json.loads((adapter / "adapter_config.json").read_text())["r"] == 4
+
+    out = tmp_path / "eval.json"
+    code, shown, err = call(
+        capsys,
+        "eval",
+        *flags,
+        "--adapter",
+        adapter,
+        "--tasks",
+        tiny.inputs["tasks"],
+        "--shots",
+        "0,1",
+        "--limit",
+        3,
+        "--max-tokens",
+        4,
+        "--out",
+        out,
+        "--json",
+    )
+    assert code == 0, err
+    found = json.loads(out.read_text())
+    assert json.loads(shown) == found
+    assert set(found) >= {"model", "adapter", "results", "means"}
+    assert {(r["shots"], r["metric"]) for r in found["results"]} == {
+        (s, m) for s in (0, 1) for m in ("token_f1", "entity_f1", "rouge_l")
+    }
+    assert all(r["n"] == 3 for r in found["results"])
+    assert call(capsys, "eval", *flags, "--tasks", tiny.inputs["tasks"], "--shots", "9")[0] == 2
+    assert call(capsys, "eval", *flags, "--tasks", tiny.inputs["tasks"], "--adapter", tmp_path / "none")[0] == 2
+
+
+def test_a_run_by_command_resumes_and_remembers(capsys, tiny, arguments, tmp_path):
+    run = tmp_path / "run"
+    code, out, err = call(
+        capsys, "run", *arguments, "--recipe", tiny.recipe, "--out", run, "--until", "filter", "--quiet"
+    )
+    assert code == 0, err
+    assert "filter: done" in out
+    code, out, err = call(capsys, "eval", run, "--quiet", "--json")
+    assert code == 0, err
+    assert set(json.loads(out)["systems"]) == {"base", "seeds", "expert"}
+    code, out, err = call(capsys, "run", "--out", run, "--quiet")
+    assert code == 0, err
+    assert "mean token_f1" in out
+    assert str(run / "report.html") in out
+    code, _, err = call(capsys, "run", "--out", run, "--set", "tune.rank=2", "--quiet")
+    assert code == 2
+    assert "tune.rank: 8 → 2" in err
+    assert "--redo" in err
+    assert Path(call(capsys, "report", run)[1].strip()) == run / "report.html"
+
+
+def test_ctrl_c_leaves_a_run_that_resumes(tiny, arguments, tmp_path):
+    run = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "specialize.cli",
+        "run",
+        *arguments,
+        "--recipe",
+        str(tiny.recipe),
+        "--out",
+        str(run),
+        "--quiet",
+    ]
+    child = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    for _ in range(600):
+        if (run / "teacher").exists():
+            break
+        time.sleep(0.05)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert err.splitlines()[-1].startswith("interrupted")
+    assert "Traceback" not in err
+
+
+def test_an_unexpected_error_is_short(capsys, monkeypatch):
+    import specialize.doctor
+
+    def fail():
+        raise RuntimeError("something broke\nmore lines")
+
+    monkeypatch.setattr(specialize.doctor, "examine", fail)
+    code, _, err = call(capsys, "doctor")
+    assert (code, err) == (1, "specialize: RuntimeError: something broke (add --debug for the traceback)\n")
+    with pytest.raises(RuntimeError):
+        cli.main(["doctor", "--debug"])
+
+    def full():
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(specialize.doctor, "examine", full)
+    code, _, err = call(capsys, "doctor")
+    assert code == 1
+    assert "the disk is full" in err
+
+
+def test_doctor(capsys):
+    code, out, _ = call(capsys, "doctor")
+    assert code == 0
+    assert "will use" in out
+    assert json.loads(call(capsys, "doctor", "--json")[1])["packages"]["torch"]
+
+
+def test_chat_reads_lines(capsys, tiny, monkeypatch):
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Say something.\n\n"))
+    code, out, err = call(capsys, "chat", "--model", tiny.inputs["model"], "--dtype", "fp32", "--max-tokens", 4)
+    assert code == 0, err
+    assert out.endswith("\n\n")

@@ -1,0 +1,165 @@
+"""Plans and judgement of candidates, without a model."""
+
+from types import SimpleNamespace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specialize import filter as rules
+from specialize.kinds import kinds_of
+from specialize.ledger import Item, Reply
+from specialize.recipe import Recipe, override
+from specialize.records import Seed, Verdict
+from specialize.synthesize import Synthesizer, cut, number_of, sentences
+
+TEXT = "Dr. Smith et al. found gout in 5 of 9 men, e.g. old ones. It was mild. Was it flu? Fig. 2 shows p < 0.05."
+
+
+def documents(count):
+    return [
+        SimpleNamespace(
+            id=f"d{i}",
+            title="",
+            text=f"Patient {i} had gout and some fever for {i} days. He then had flu once more in year {i}.",
+        )
+        for i in range(count)
+    ]
+
+
+SEEDS = [
+    Seed("s0", "ner", "List diseases.", "A man had gout for nine days last year.", "gout <Disease>"),
+    Seed("s1", "ner", "List diseases.", "There was fever and flu in this case.", "fever <Disease>, flu <Disease>"),
+    Seed(
+        "s2",
+        "qa",
+        "Is it so?",
+        "Abstract: Many men had gout in that year and some had flu.\nQuestion: Was it gout?",
+        "yes",
+    ),
+    Seed(
+        "s3",
+        "qa",
+        "Is it so?",
+        "Abstract: No man had gout in that year but some had flu.\nQuestion: Was it gout?",
+        "no",
+    ),
+    Seed("s4", "qa", "Is it so?", "Abstract: In this year we saw gout in a few of them.\nQuestion: Is it rare?", "yes"),
+]
+
+
+def maker(*settings, count=30):
+    recipe = override(Recipe(), ["retrieval.mode='off'", "examples=10", *settings])
+    return Synthesizer(recipe, kinds_of(SEEDS), documents(count))
+
+
+def test_sentences_and_cutting():
+    assert sentences(TEXT) == [
+        "Dr. Smith et al. found gout in 5 of 9 men, e.g. old ones.",
+        "It was mild.",
+        "Was it flu?",
+        "Fig. 2 shows p < 0.05.",
+    ]
+    assert (
+        cut(TEXT, 15) == "Dr. Smith et al. found gout in 5 of 9 men, e.g. old ones. It was mild."[: len(cut(TEXT, 15))]
+    )
+    assert cut("one two three four", 2) == "one two"
+
+
+@given(st.text(alphabet="aB .!?9", max_size=80))
+def test_sentences_lose_no_word(text):
+    assert " ".join(sentences(text)).split() == text.split()
+
+
+def test_materials_are_distinct_in_range_and_repeatable():
+    kind = maker().kinds[0]
+    found = maker().materials(kind)
+    assert found == maker().materials(kind)
+    assert len({m.text for m in found}) == len(found) == 60
+    assert all(kind.min_words <= len(m.text.split()) <= kind.max_words for m in found)
+
+
+def test_targets_sum_to_the_examples_wanted():
+    for settings in (("examples=7",), ("examples=300", "instructions.novel=0.13"), ("instructions.novel=1.0",)):
+        one = maker(*settings)
+        assert sum(one.targets().values()) == one.recipe.examples
+
+
+def test_direct_and_written_inputs():
+    one = maker()
+    items, jobs = one.draft_jobs(0, "k00", range(5))
+    assert [i.id for i in items] == [f"r1-k00-{n:06d}" for n in range(5)]
+    assert not jobs
+    items, jobs = one.draft_jobs(0, "k01", range(5))
+    assert not items
+    assert len({j.prompt.split("Text:")[1] for j in jobs}) == 1  # a group shares its demonstrations
+    assert one.draft_jobs(0, "k01", range(5))[1] == jobs
+    raws = [" Was it flu?", " no question", "", " Was it flu?" * 9, " Is it mild?"]
+    ends = ["stop", "stop", "stop", "length", "stop"]
+    replies = [
+        Reply(j.reply_id(0), j.item_id, "input", 0, raw, end, 3, j.provenance)
+        for j, raw, end in zip(jobs, raws, ends, strict=True)
+    ]
+    drafted = one.drafted(0, "k01", replies, rules.NearDuplicates(0.7))
+    assert [d.reason for d in drafted] == ["", rules.UNPARSABLE, rules.UNPARSABLE, rules.CUT_OFF, ""]
+    assert drafted[0].input == f"Abstract: {jobs[0].provenance['material']}\nQuestion: Was it flu?"
+
+
+def test_novel_instructions_are_deduplicated_in_order():
+    one = maker("instructions.novel=0.5", "filter.min_words=3")
+    _, jobs = one.draft_jobs(0, "novel", range(4))
+    raws = [" Count the days of fever.", " Count the days of the fever.", " x", " Name all men of that year."]
+    replies = [
+        Reply(j.reply_id(0), j.item_id, "instruction", 0, raw, "stop", 3, j.provenance)
+        for j, raw in zip(jobs, raws, strict=True)
+    ]
+    drafted = one.drafted(0, "novel", replies, rules.NearDuplicates(0.7))
+    assert [d.reason for d in drafted] == ["", rules.NEAR_DUPLICATE, rules.TOO_SHORT, ""]
+
+
+def item(number, source="k00", kind="ner", text="Patient 3 had gout and fever and flu."):
+    return Item(
+        f"r1-{source}-{number:06d}", 1, 0, "corpus", kind, "List diseases.", text, provenance={"number": number}
+    )
+
+
+def replies(*raws, finish="stop"):
+    return [Reply(f"r/{i}", "r", "response", i, raw, finish, 3) for i, raw in enumerate(raws)]
+
+
+def test_votes_and_verdicts():
+    one = maker("filter.min_agreement=0.5")
+    verdict, answer, score = one.judge(
+        item(0), replies("gout <Disease>, plague <Disease>", "gout <Disease>", "gout <Disease>, flu <Disease>")
+    )
+    assert (verdict.kept, answer) == (True, "gout <Disease>")  # the plague is nowhere in the input and has no vote
+    assert 0.5 < score < 1
+    assert one.judge(item(0), replies("gout <Disease>", "flu <Disease>"))[0].reason == rules.LOW_AGREEMENT
+    assert one.judge(item(0), replies("", "", "gout <Disease>"))[0].reason == rules.EMPTY
+    assert one.judge(item(0), replies("gout <Disease>", finish="length"))[0].reason == rules.CUT_OFF
+    assert one.judge(item(0), [])[0].reason == rules.TOO_LONG_PROMPT
+    qa = item(0, "k01", "qa")
+    assert one.judge(qa, replies("yes", "yes", "no"))[1] == "yes"
+    assert one.judge(qa, replies("perhaps", "perhaps", "no"))[0].reason == "label not among those of the seeds"
+
+
+def test_selection_is_balanced_and_complete():
+    one = maker()
+    judged = [
+        (item(n), Verdict(True), "gout <Disease>" if n % 2 else "gout <Disease>, flu <Disease>", n / 40)
+        for n in range(40)
+    ]
+    judged += [(item(n, "k01", "qa"), Verdict(True), "yes" if n else "no", 1.0) for n in range(3)]
+    judged += [(item(99), Verdict(False, rules.EMPTY), "", 0.0)]
+    chosen = one.select(judged)
+    kept = [row for row in chosen if row[1].kept]
+    assert len(chosen) == len(judged)
+    assert len(kept) == 10
+    assert sum(row[0].kind == "qa" for row in kept) == 3  # all there are; the other kind fills up
+    ner = [row for row in kept if row[0].kind == "ner"]
+    assert {2, 3} >= {sum("," in row[2] for row in ner) - 1} or abs(sum("," in row[2] for row in ner) - 3.5) <= 1
+    assert {row[1].reason for row in chosen if not row[1].kept} == {rules.SURPLUS, rules.EMPTY}
+
+
+def test_numbers_are_fixed_by_their_parts():
+    assert number_of(0, "a", 1) == number_of(0, "a", 1) != number_of(0, "a1")
+    assert 0 <= number_of("x", bits=31) < 2**31
