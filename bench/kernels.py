@@ -13,6 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,11 +106,10 @@ def _timed(function: Callable[..., Any], inputs: dict[str, Any], which: str) -> 
     if which == "forward":
         return lambda: function(**inputs)
     outputs, leaves = _outputs_and_leaves(function, inputs)
-    graded = [o for o in outputs if o.requires_grad]
-    douts = _douts(graded)
+    first = [o for o in outputs if o.requires_grad]
+    douts = _douts(first)
     if which == "backward":
-        return lambda: torch.autograd.grad(graded, leaves, douts, retain_graph=True, allow_unused=True)
-    del outputs, graded
+        return partial(torch.autograd.grad, first, leaves, douts, retain_graph=True, allow_unused=True)
 
     def both():
         outputs, leaves = _outputs_and_leaves(function, inputs)
