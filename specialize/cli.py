@@ -334,7 +334,7 @@ def _run_stage(common: Common, run: Path, until: str, redo: bool, settings: tupl
 _stage_command(
     "synth",
     "filter",
-    "Make and filter the synthetic rows of a RUN; what comes before is done first.\n\n\b\nExample:\n  specialize synth r1",
+    "Make and filter the synthetic rows of a RUN, after what comes before.\n\n\b\nExample:\n  specialize synth r1",
 )
 
 

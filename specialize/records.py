@@ -44,7 +44,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the filter says of one candidate: kept, or rejected for ``reason``, a short fixed phrase that can be counted."""
+    """What the filter says of a candidate: kept, or rejected for ``reason``, a fixed phrase that can be counted."""
 
     kept: bool
     reason: str = ""

@@ -183,7 +183,7 @@ class Synthesizer:
         return [self._by_document[i] for i in near] + [d for d in rest if d.id not in chosen]
 
     def materials(self, kind: Kind | None) -> list[Material]:
-        """Corpus pieces for a kind's inputs in order of use, no two alike, none a seed's own. ``None``: for novel items."""
+        """Corpus pieces for a kind's inputs in order of use, no two alike, none a seed's own."""
         key = -1 if kind is None else kind.id
         if key in self._materials:
             return self._materials[key]
@@ -458,7 +458,9 @@ class Synthesizer:
         """The greedy and the sampled prompts of items. Groups share their demonstrations; passages come after them."""
         settings = self.recipe.responses
         found = self._passages_for(items)
-        jobs = []
+        jobs: list[Job] = []
+        greedy: list[Job] = []
+        sampled: list[Job] = []
         for item in items:
             kind = self.kind_named(item.kind)
             source = item.id.split("-")[1]
@@ -473,10 +475,10 @@ class Synthesizer:
                 [cut(hit.passage.text, settings.passage_words) for hit in hits],
             )
             trail = {"seeds": [s.id for s in seeds], "passages": [hit.passage.id for hit in hits]}
-            greedy = self._params(
+            first = self._params(
                 f"{item.id}/greedy", temperature=0.0, top_p=1.0, max_tokens=settings.max_tokens, n=1, stop=STOP
             )
-            jobs.append(Job(item.id, "response", prompt, greedy, adapter, 0, trail))
+            greedy.append(Job(item.id, "response", prompt, first, adapter, 0, trail))
             if settings.samples:
                 drawn = self._params(
                     f"{item.id}/sampled",
@@ -486,7 +488,11 @@ class Synthesizer:
                     n=settings.samples,
                     stop=STOP,
                 )
-                jobs.append(Job(item.id, "response", prompt, drawn, adapter, 1, trail))
+                sampled.append(Job(item.id, "response", prompt, drawn, adapter, 1, trail))
+            if len(greedy) == self.recipe.instructions.group * 4 or item is items[-1]:
+                # The samples come when the greedy answers' prompts are in the prefix cache already.
+                jobs += greedy + sampled
+                greedy, sampled = [], []
         return jobs
 
     def _passages_for(self, items: Sequence[Item]) -> dict[str, list[Any]]:
