@@ -1,8 +1,8 @@
-"""Python side of the C++ twins in ``cpp/rows.cpp``: norms, rotary embedding and SwiGLU on a CPU, forward and backward.
+"""Python side of the C++ twins in ``cpp/rows.cpp``: norms, rotary embedding and SwiGLU on a CPU, both directions.
 
-Eager torch makes four to ten passes over memory for each of these and keeps fp32 copies for the backward pass; one fused
-pass per direction that keeps only its input is several times faster. Weights are frozen: a norm whose weight asks for a
-gradient runs in torch.
+Eager torch makes four to ten passes over memory for each of these and keeps fp32 copies for the backward pass; one
+fused pass per direction that keeps only its input is several times faster. Weights are frozen: a norm whose weight asks
+for a gradient runs in torch.
 """
 
 from __future__ import annotations
@@ -119,7 +119,8 @@ class _Rope(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy):  # type: ignore[override]
-        return _rotate(dy, *ctx.saved_tensors, -1.0), None, None, None
+        cos, sin, positions = ctx.saved_tensors
+        return _rotate(dy, cos, sin, positions, -1.0), None, None, None
 
 
 def rope(x, cos, sin, positions) -> torch.Tensor:

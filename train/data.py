@@ -97,8 +97,8 @@ def fit_examples(
 ) -> tuple[list[TrainExample], FitReport]:
     """Checks the rows and makes each fit into ``max_length`` tokens.
 
-    "truncate" cuts the left of the prompt and drops a row whose response alone does not fit; "drop" drops every row that
-    is too long; "error" raises. Raises InputError for an empty response, a bad weight or when nothing is left.
+    "truncate" cuts the left of the prompt and drops a row whose response alone does not fit; "drop" drops every row
+    that is too long; "error" raises. Raises InputError for an empty response, a bad weight or when nothing is left.
     """
     if long_examples not in LONG_EXAMPLES:
         raise InputError(f"long_examples: {long_examples!r}; allowed: {', '.join(LONG_EXAMPLES)}")
@@ -168,12 +168,12 @@ def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return [sorted(b) for b in bins]
 
 
-def step_indices(step: int, *, num_examples: int, batch_size: int, seed: int) -> list[int]:
+def step_indices(step: int, *, num_examples: int, batch_size: int, seed: int, shuffle: bool = True) -> list[int]:
     """The rows of optimizer step ``step``: a permutation per epoch, drawn from (seed, epoch) alone, so that the place
     in the data is the step number and nothing else. The last step of an epoch may have fewer rows."""
     per_epoch = -(-num_examples // batch_size)
     epoch, place = divmod(step, per_epoch)
-    order = np.random.default_rng((seed, epoch)).permutation(num_examples)
+    order = np.random.default_rng((seed, epoch)).permutation(num_examples) if shuffle else np.arange(num_examples)
     return order[place * batch_size : (place + 1) * batch_size].tolist()
 
 

@@ -1,9 +1,9 @@
 """The one training loop: LoRA on a frozen base, from rows of token ids to an adapter folder.
 
-Every optimizer step takes ``batch_size`` rows, packs them into micro-batches, sums their gradients in fp32 and updates one
-flat fp32 parameter. The place in the data, the learning rate and all randomness follow from the step number, so that a
-run that was stopped goes on to the same weights, bit for bit, from its last checkpoint. Losses are read one step late: the
-device never waits for the host.
+Every optimizer step takes ``batch_size`` rows, packs them into micro-batches, sums their gradients in fp32 and updates
+one flat fp32 parameter. The place in the data, the learning rate and all randomness follow from the step number, so
+that a run that was stopped goes on to the same weights, bit for bit, from its last checkpoint. Losses are read one step
+late: the device never waits for the host.
 """
 
 from __future__ import annotations
@@ -112,8 +112,9 @@ class StepReport:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run did. ``losses`` holds one loss a step, ``val_losses`` (steps done, loss). Seconds are those of training
-    steps; loading, validation and checkpoints are left out, as is what an earlier, interrupted process lost."""
+    """What a run did. ``losses`` holds one loss a step, ``val_losses`` (steps done, loss). Seconds are those of
+    training steps; loading, validation and checkpoints are left out, as is what an earlier, interrupted process
+    lost."""
 
     adapter_path: Path
     steps: int
@@ -161,8 +162,8 @@ def tune(
     """Trains an adapter on ``examples`` and writes it to the folder ``out``, with metrics.jsonl beside it.
 
     With ``resume`` a run that was interrupted goes on from its checkpoint, and one that had ended returns its result at
-    once. Raises InputError for unusable rows or settings, and for a checkpoint made with others; FloatingPointError when
-    the loss is no number, naming the rows, with the last good checkpoint kept.
+    once. Raises InputError for unusable rows or settings, and for a checkpoint made with others; FloatingPointError
+    when the loss is no number, naming the rows, with the last good checkpoint kept.
     """
     return Trainer(model, examples, config, out, val_examples=val_examples, base_model=base_model, on_step=on_step).run(
         resume=resume
@@ -170,7 +171,10 @@ def tune(
 
 
 class Trainer:
-    """Owns the state of one run. `run` is the whole job; `train_step` is one optimizer step, for benchmarks."""
+    """Owns the state of one run. `run` is the whole job; `train_step` is one optimizer step, for benchmarks.
+
+    Without ``shuffle`` every epoch takes the rows in the order given.
+    """
 
     def __init__(
         self,
@@ -182,8 +186,9 @@ class Trainer:
         val_examples: Sequence[TrainExample] | None = None,
         base_model: str | None = None,
         on_step: Callable[[StepReport], None] | None = None,
+        shuffle: bool = True,
     ) -> None:
-        self.model, self.config, self.out = model, config, Path(out)
+        self.model, self.config, self.out, self.shuffle = model, config, Path(out), shuffle
         self.base_model, self.on_step = base_model, on_step
         limit = min(config.max_length or config.max_batch_tokens, config.max_batch_tokens, model.config.max_context)
         fitted, self.fit = fit_examples(examples, max_length=limit, long_examples=config.long_examples)
@@ -211,7 +216,8 @@ class Trainer:
             [self.parameter], lr=config.learning_rate, betas=config.betas, eps=config.eps,
             weight_decay=config.weight_decay, fused=True,
         )  # fmt: skip
-        # fp16 gradients below 6e-8 vanish, so the loss is scaled; a step whose gradients overflow is skipped on the device.
+        # fp16 gradients below 6e-8 vanish, so the loss is scaled; a step whose gradients overflow is skipped on the
+        # device.
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16, init_scale=2.0**14)
         self.state = TrainState()
         self.fingerprint = self._fingerprint()
@@ -257,7 +263,9 @@ class Trainer:
         """One optimizer step: gradients of all its micro-batches, clipping, update. Does not wait for the device."""
         config, lora = self.config, self.lora
         step = self.state.step
-        indices = step_indices(step, num_examples=len(self.examples), batch_size=config.batch_size, seed=config.seed)
+        indices = step_indices(
+            step, num_examples=len(self.examples), batch_size=config.batch_size, seed=config.seed, shuffle=self.shuffle
+        )
         micro_batches = build_micro_batches(
             [self.examples[i] for i in indices],
             max_batch_tokens=config.max_batch_tokens,
@@ -297,7 +305,7 @@ class Trainer:
         )
 
     def _loss(self, micro: MicroBatch) -> torch.Tensor:
-        """The micro-batch's share of the step's loss, f32 scalar; the output projection runs at positions with a loss only."""
+        """The micro-batch's share of the step's loss, f32 scalar; only positions with a loss are projected."""
         hidden = self.model.forward(
             micro.batch, adapters=self.lora, checkpoint_layers=self.config.checkpoint_layers and torch.is_grad_enabled()
         )
@@ -330,7 +338,7 @@ class Trainer:
         return loss
 
     def _report(self, pending: _Pending, started: float, val_loss: float | None = None) -> float:
-        """Reads the numbers of a finished step, writes them down and returns the time from which the next one counts."""
+        """Reads and writes down the numbers of a finished step; returns the time from which the next one counts."""
         norm, *losses = pending.wait()
         now = time.perf_counter()
         seconds = now - started

@@ -1,9 +1,9 @@
 """Low-rank adapters that are being trained: fp32 master matrices, and the copies that a forward pass computes with.
 
-Per fused linear of the model there is one pair a [R, in], b [out, R]: the adapted parts' A stacked along the rank, their
-B on the diagonal blocks of b. All pairs lie in one flat fp32 tensor, so that casting, clipping and the optimizer are a
-few operations on one tensor, whatever the number of layers. The entries of b off its blocks are no parameters: they start
-at zero and their gradients are masked.
+Per fused linear of the model there is one pair a [R, in], b [out, R]: the adapted parts' A stacked along the rank,
+their B on the diagonal blocks of b. All pairs lie in one flat fp32 tensor, so that casting, clipping and the optimizer
+are a few operations on one tensor, whatever the number of layers. The entries of b off its blocks are no parameters:
+they start at zero and their gradients are masked.
 y = x W^T + scaling · (x A^T) B^T, A drawn as PEFT draws it (Kaiming-uniform with a = √5), B zero.
 Source: Hu et al., "LoRA" (2021); Kalajdzievski, "Rank Stabilization" (2023) for the scaling alpha/√R.
 """
@@ -26,7 +26,8 @@ from ..kernels.lora_linear import lora_linear
 
 @dataclass(frozen=True)
 class LoraPart:
-    """One adapted matrix of the checkpoint: rows ``start:stop`` of the fused output, ranks ``first:last`` of the pair."""
+    """One adapted matrix of the checkpoint: rows ``start:stop`` of the fused output, ranks ``first:last`` of the
+    pair."""
 
     name: str
     path: str
