@@ -1,0 +1,468 @@
+"""Throughput of the generator: sweeps over batch, prompt, output and shared-prefix lengths, alone or beside a peer.
+
+Correctness comes first: with a peer, greedy tokens in fp32 must agree on a few prompts before anything is timed. Ours
+and the peer take turns, and medians are reported. ``--suite gpu`` runs random weights of real models' shapes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from specialize.errors import InputError
+
+from ..engine.config import ModelConfig
+from ..engine.generator import Generator, Stats, choose_device, choose_dtype
+from ..engine.model import Model
+from ..engine.sampler import SamplingParams
+from ..engine.scheduler import EngineConfig
+from .environment import ceilings, environment
+
+SHAPES = {
+    "smollm2-135m": ModelConfig(
+        "llama", 49152, 576, 1536, 30, 9, 3, max_context=8192, rope_theta=100000.0, tied_embeddings=True
+    ),
+    "llama-8b": ModelConfig("llama", 128256, 4096, 14336, 32, 32, 8, max_context=8192, rope_theta=500000.0),
+    "mpt-7b": ModelConfig(
+        "mpt", 50432, 4096, 16384, 32, 32, max_context=2048, norm="layernorm", position="alibi", mlp="gelu",
+        fused_qkv_checkpoint=True, tied_embeddings=True,
+    ),
+}  # fmt: skip
+_SUBJECTS = ["patients", "cells", "mice", "genes", "receptors", "neurons", "children", "tumours", "proteins", "samples"]
+_VERBS = ["showed", "expressed", "received", "lacked", "developed", "inhibited", "activated", "reduced", "carried"]
+_OBJECTS = ["insulin", "seizures", "mutations", "fever", "apoptosis", "anaemia", "hypertension", "collagen", "fibrosis"]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Prompts as token ids, and what is asked for."""
+
+    name: str
+    prompts: list[list[int]]
+    new_tokens: int
+    temperature: float = 0.7
+    top_p: float = 0.95
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(map(len, self.prompts))
+
+    def params(self) -> SamplingParams:
+        return SamplingParams(
+            max_tokens=self.new_tokens, temperature=self.temperature, top_p=self.top_p, ignore_eos=True
+        )
+
+
+def made_up_text(num_words: int, seed: int) -> str:
+    """Plain sentences about made-up findings, so that a benchmark needs no data."""
+    rng = random.Random(seed)
+    words: list[str] = []
+    while len(words) < num_words:
+        words += ["The", rng.choice(_SUBJECTS), rng.choice(_VERBS), rng.choice(_OBJECTS), "in", f"{rng.randint(2, 99)}"]
+        words += ["of", f"{rng.randint(100, 999)}", "cases,", "and", rng.choice(_OBJECTS), "was", "rare."]
+    return " ".join(words[:num_words])
+
+
+def make_workload(
+    encode: Callable[[str], list[int]] | None,
+    vocab_size: int,
+    *,
+    batch: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    shared_prefix: int = 0,
+    spread: float = 0.5,
+    seed: int = 0,
+) -> Workload:
+    """``batch`` prompts of ``prompt_tokens`` on average, between 1 − spread and 1 + spread of it; the first
+    ``shared_prefix`` tokens beside them are the same for all."""
+    rng = random.Random(seed)
+
+    def tokens(count: int, which: int) -> list[int]:
+        if encode is None:
+            own = random.Random(f"{seed}-{which}")
+            return [own.randrange(vocab_size) for _ in range(count)]
+        return encode(made_up_text(2 * count + 8, seed * 1_000_003 + which))[:count]
+
+    prefix = tokens(shared_prefix, -1) if shared_prefix else []
+    prompts = []
+    for place in range(batch):
+        length = max(1, round(prompt_tokens * (1 + spread * (2 * rng.random() - 1))))
+        prompts.append(prefix + tokens(length, place))
+    return Workload(f"b{batch}-p{prompt_tokens}-n{new_tokens}-s{shared_prefix}", prompts, new_tokens)
+
+
+def read_prompts(path: Path, encode: Callable[[str], list[int]], new_tokens: int) -> Workload:
+    """Lines {"prompt": text} or {"prompt_ids": [...]}."""
+    prompts = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            prompts.append(list(row["prompt_ids"]) if "prompt_ids" in row else encode(row["prompt"]))
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f'{path}:{number}: not a line {{"prompt": text}} or {{"prompt_ids": [...]}}') from None
+    if not prompts:
+        raise InputError(f"{path}: holds no prompts")
+    return Workload(path.stem, prompts, new_tokens)
+
+
+def load_generator(model: str, dtype: str, device: str, config: EngineConfig) -> Generator:
+    """A checkpoint, or random weights for ``random:SHAPE``."""
+    if not model.startswith("random:"):
+        from specialize.fetch import model_path
+
+        return Generator.from_pretrained(model_path(model), dtype=dtype, device=device, config=config)
+    shape = model.removeprefix("random:")
+    if shape not in SHAPES:
+        raise InputError(f"model {model!r}: no such shape; allowed: {', '.join(f'random:{name}' for name in SHAPES)}")
+    place = choose_device(device)
+    return Generator(Model.random(SHAPES[shape], 0, dtype=choose_dtype(dtype, place), device=place), None, config)
+
+
+def time_ours(generator: Generator, workload: Workload) -> dict[str, Any]:
+    """One run; seconds include everything between the call and the last completion."""
+    generator.allocator.forget_contents()
+    generator.stats = Stats()
+    if generator.model.device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    completions = generator.generate(workload.prompts, workload.params())
+    seconds = time.perf_counter() - began
+    short = [c.index for c in completions if len(c.token_ids) != workload.new_tokens]
+    if short:
+        raise RuntimeError(f"{len(short)} completions do not have the {workload.new_tokens} tokens asked for")
+    return {"seconds": seconds, **generator.stats.as_dict()} | {"seconds": seconds}
+
+
+def floor_seconds(generator: Generator, workload: Workload) -> dict[str, float] | None:
+    """Seconds for the matrix operations, and for the bytes, that cannot be avoided, at the GPU's measured ceilings."""
+    if generator.model.device.type != "cuda":
+        return None
+    measured = ceilings()
+    rate, bandwidth = measured["gemm_tflop_s"], measured["copy_gb_s"]
+    config, element = generator.model.config, generator.model.dtype.itemsize
+    per_token = sum(a.linear.weight.numel() for a in generator.model.adaptable)
+    head = config.vocab_size * config.hidden_size
+    prompt = workload.prompt_tokens
+    new = len(workload.prompts) * workload.new_tokens
+    operations = 2 * per_token * (prompt + new) + 2 * head * new
+    kv = 2 * config.num_layers * config.num_kv_heads * config.head_dim * element
+    groups = -(-len(workload.prompts) // generator.max_sequences)
+    read = sum(n * (len(p) + n / 2) for p in workload.prompts for n in (workload.new_tokens,)) * kv
+    read += groups * workload.new_tokens * (per_token + head) * element
+    return {"operations": operations / (rate * 1e12), "bytes": read / (bandwidth * 1e9)}
+
+
+class PeerProcess:
+    """A peer's script; commands and answers are lines of JSON."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", f"{__package__}.peers.{name}_generate"], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+
+    def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps({command: arguments}) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"peer {self.name} ended with code {self._process.wait()}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise RuntimeError(f"peer {self.name}: {answer['error']}")
+        return answer
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def check_greedy(peer_name: str, model: str, path: Path, device: str, workload: Workload) -> dict[str, Any]:
+    """Greedy tokens of a few prompts in fp32, ours against the peer's."""
+    prompts = [prompt[:200] for prompt in workload.prompts[:4]]
+    ours = load_generator(model, "fp32", device, EngineConfig(max_sequences=4, num_pages=256))
+    params = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
+    mine = [c.token_ids for c in ours.generate(prompts, params)]
+    peer = PeerProcess(peer_name)
+    try:
+        peer.ask("load", path=str(path), dtype="fp32", device=device, threads=torch.get_num_threads())
+        theirs = peer.ask("greedy", prompts=prompts, new_tokens=16)["token_ids"]
+    finally:
+        peer.close()
+    same = sum(a == b for a, b in zip(mine, theirs, strict=True))
+    return {"prompts": len(prompts), "tokens": 16, "equal": same}
+
+
+def compare(
+    model: str, workload: Workload, *, dtype: str, device: str, config: EngineConfig, repeats: int, peer: str | None
+) -> dict[str, Any]:
+    """Ours, and in turns with it a peer, on one workload."""
+    place = str(choose_device(device))
+    row: dict[str, Any] = {
+        "name": workload.name, "model": model, "dtype": dtype, "prompts": len(workload.prompts),
+        "prompt_tokens": workload.prompt_tokens, "new_tokens": workload.new_tokens, **environment(),
+    }  # fmt: skip
+    other = None
+    if peer is not None:
+        from specialize.fetch import model_path
+
+        path = Path(model_path(model))
+        row["check"] = check = check_greedy(peer, model, path, place, workload)
+        if check["equal"] != check["prompts"]:
+            raise RuntimeError(f"greedy tokens differ from {peer}'s on {check['prompts'] - check['equal']} prompts")
+        other = PeerProcess(peer)
+        row["peer"] = peer
+        row["peer_version"] = other.ask(
+            "load", path=str(path), dtype=dtype, device=place, threads=torch.get_num_threads()
+        )["version"]
+    generator = load_generator(model, dtype, place, config)
+    generator.generate(workload.prompts[:2], SamplingParams(max_tokens=4, ignore_eos=True))  # compiles and packs
+    ours, theirs = [], []
+    try:
+        for _ in range(repeats):
+            ours.append(time_ours(generator, workload))
+            if other is not None:
+                answer = other.ask(
+                    "run", prompts=workload.prompts, new_tokens=workload.new_tokens,
+                    temperature=workload.temperature, top_p=workload.top_p,
+                )  # fmt: skip
+                theirs.append(answer["seconds"])
+    finally:
+        if other is not None:
+            other.close()
+    seconds = [run["seconds"] for run in ours]
+    generated = len(workload.prompts) * workload.new_tokens
+    row |= {"seconds": statistics.median(seconds), "all_seconds": seconds}
+    row["tokens_per_s"] = generated / row["seconds"]
+    row["stats"] = ours[-1]
+    floor = floor_seconds(generator, workload)
+    if floor:
+        row["floor_seconds"] = max(floor.values())
+        row["share"] = row["floor_seconds"] / row["seconds"]
+    if theirs:
+        row["peer_seconds"] = statistics.median(theirs)
+        row["all_peer_seconds"] = theirs
+        row["peer_tokens_per_s"] = generated / row["peer_seconds"]
+        row["times_peer"] = row["peer_seconds"] / row["seconds"]
+    return row
+
+
+def split_step(generator: Generator, workload: Workload, steps: int = 20) -> dict[str, float]:
+    """Milliseconds of a decode step, and of the host's part in it: the time until all its work is launched."""
+    launched: list[float] = []
+    whole: list[float] = []
+    original = generator._forward
+
+    def timed(scheduler: Any, outputs: Any, plan: Any) -> Any:
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        batch_before = generator.model.logits
+
+        def logits(hidden: torch.Tensor) -> torch.Tensor:
+            out = batch_before(hidden)
+            launched.append(time.perf_counter() - began)
+            return out
+
+        generator.model.logits = logits  # type: ignore[method-assign]
+        try:
+            result = original(scheduler, outputs, plan)
+        finally:
+            generator.model.logits = batch_before  # type: ignore[method-assign]
+        if plan.chunks:
+            launched.clear()
+            whole.clear()
+        else:
+            whole.append(time.perf_counter() - began)
+        return result
+
+    generator._forward = timed  # type: ignore[method-assign]
+    try:
+        generator.generate(workload.prompts, SamplingParams(max_tokens=steps, temperature=0.7, ignore_eos=True))
+    finally:
+        generator._forward = original  # type: ignore[method-assign]
+    return {"step_ms": 1e3 * statistics.median(whole), "host_ms": 1e3 * statistics.median(launched)}
+
+
+GPU_CASES = (
+    ("random:smollm2-135m", 64, 256, 64, 0),
+    ("random:llama-8b", 256, 256, 128, 0),
+    ("random:mpt-7b", 64, 512, 128, 0),
+    ("random:llama-8b", 256, 150, 64, 1000),
+    ("random:llama-8b", 16, 1024, 64, 0),
+)
+
+
+def gpu_suite(seconds: float, out: Path) -> int:
+    """Random weights of real shapes, the most telling first; ``out`` is written anew after each row."""
+    deadline = time.monotonic() + seconds
+    rows: list[dict[str, Any]] = []
+    loaded: tuple[str, Generator] | None = None
+    for model, batch, prompt_tokens, new_tokens, shared in GPU_CASES:
+        if time.monotonic() > deadline:
+            break
+        try:
+            if loaded is None or loaded[0] != model:
+                loaded = None
+                torch.cuda.empty_cache()
+                loaded = (model, load_generator(model, "bf16", "cuda", EngineConfig()))
+            generator = loaded[1]
+            workload = make_workload(
+                None, generator.model.config.vocab_size, batch=batch, prompt_tokens=prompt_tokens,
+                new_tokens=new_tokens, shared_prefix=shared,
+            )  # fmt: skip
+            warm = Workload("warm", workload.prompts[: max(2, batch // 8)], 4)
+            time_ours(generator, warm)
+            run = time_ours(generator, workload)
+            row = {"name": f"{model.removeprefix('random:')} {workload.name}", **environment(), "stats": run}
+            row |= {"seconds": run["seconds"], "tokens_per_s": batch * new_tokens / run["seconds"]}
+            floor = floor_seconds(generator, workload)
+            if floor:
+                row |= {"floor_seconds": max(floor.values()), "share": max(floor.values()) / run["seconds"]}
+            row |= split_step(generator, workload)
+        except (RuntimeError, ValueError) as error:
+            row = {"name": f"{model} b{batch}", "error": f"{type(error).__name__}: {str(error)[:500]}"}
+        rows.append(row)
+        write_json(out, rows)
+        print(format_row(row), flush=True)
+    return 0 if any("tokens_per_s" in row for row in rows) else 1
+
+
+def write_json(path: Path, body: Any) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
+        json.dump(body, file, indent=1)
+        file.write("\n")
+    os.replace(file.name, path)
+
+
+def format_row(row: dict[str, Any]) -> str:
+    if "error" in row:
+        return f"{row['name']:36s} {row['error']}"
+    text = f"{row['name']:36s} {row['seconds']:8.2f} s {row['tokens_per_s']:8.0f} tok/s"
+    if "share" in row:
+        text += f"  floor {row['floor_seconds']:.2f} s ({100 * row['share']:.0f} %)"
+    if "step_ms" in row:
+        text += f"  step {row['step_ms']:.2f} ms, host {row['host_ms']:.2f} ms"
+    if "times_peer" in row:
+        text += f"  {row['peer']} {row['peer_seconds']:.2f} s: {row['times_peer']:.2f} times"
+    return text
+
+
+def _numbers(_: Any, __: Any, value: str) -> list[int]:
+    try:
+        return [int(part) for part in value.split(",") if part.strip()]
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is no list of integers such as 1,8,32") from None
+
+
+@click.command(help=__doc__)
+@click.option("--model", default="smollm2-135m-instruct", show_default=True, help="Path, name, or random:SHAPE.")
+@click.option("--dtype", default="auto", show_default=True, type=click.Choice(["auto", "fp32", "bf16", "fp16"]))
+@click.option("--device", default="auto", show_default=True)
+@click.option("--threads", type=int, help="CPU threads (torch's own choice by default).")
+@click.option("--prompts", type=click.Path(path_type=Path), help="JSONL of prompts instead of made-up ones.")
+@click.option("--batch", default="32", show_default=True, callback=_numbers, help="Numbers of prompts to sweep.")
+@click.option("--prompt-tokens", default="343", show_default=True, callback=_numbers, help="Mean prompt lengths.")
+@click.option("--new-tokens", default="128", show_default=True, callback=_numbers, help="Output lengths.")
+@click.option("--shared-prefix", default="0", show_default=True, callback=_numbers, help="Shared prefix lengths.")
+@click.option("--repeats", default=3, show_default=True, help="Runs of each case; medians are reported.")
+@click.option("--peer", type=click.Choice(["transformers"]), help="Run this beside ours, in turns.")
+@click.option("--no-prefix-cache", is_flag=True, help="Compute every prompt token.")
+@click.option("--max-sequences", type=int)
+@click.option("--max-batch-tokens", type=int)
+@click.option("--page-size", type=int, default=16, show_default=True)
+@click.option("--suite", type=click.Choice(["gpu"]), help="Random weights of real shapes on a GPU.")
+@click.option("--seconds", type=float, default=300.0, show_default=True, help="Time for --suite.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the rows here.")
+def command(
+    model: str, dtype: str, device: str, threads: int | None, prompts: Path | None, batch: list[int],
+    prompt_tokens: list[int], new_tokens: list[int], shared_prefix: list[int], repeats: int, peer: str | None,
+    no_prefix_cache: bool, max_sequences: int | None, max_batch_tokens: int | None, page_size: int, suite: str | None,
+    seconds: float, json_path: Path | None,
+) -> int:  # fmt: skip
+    if threads:
+        torch.set_num_threads(threads)
+    if suite is not None:
+        return gpu_suite(seconds, json_path or Path("bench/results/generate-gpu.json"))
+    place = choose_device(device)
+    if dtype == "auto":
+        chosen = choose_dtype("auto", place)
+        dtype = next(name for name, value in _dtype_names().items() if value == chosen)
+    config = EngineConfig(
+        page_size=page_size, max_sequences=max_sequences, max_batch_tokens=max_batch_tokens,
+        prefix_cache=not no_prefix_cache,
+    )  # fmt: skip
+    encode, vocab_size = _encoder(model)
+    rows = []
+    for workload in _workloads(prompts, encode, vocab_size, batch, prompt_tokens, new_tokens, shared_prefix):
+        row = compare(model, workload, dtype=dtype, device=device, config=config, repeats=repeats, peer=peer)
+        row["config"] = asdict(config)
+        rows.append(row)
+        click.echo(format_row(row))
+        if json_path is not None:
+            write_json(json_path, rows)
+    return 0
+
+
+def _dtype_names() -> dict[str, torch.dtype]:
+    from ..engine.generator import DTYPES
+
+    return DTYPES
+
+
+def _encoder(model: str) -> tuple[Callable[[str], list[int]] | None, int]:
+    if model.startswith("random:"):
+        shape = SHAPES.get(model.removeprefix("random:"))
+        return None, shape.vocab_size if shape else 1
+    from specialize.fetch import model_path
+
+    from ..engine.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_pretrained(model_path(model))
+    return tokenizer.encode, tokenizer.vocab_size
+
+
+def _workloads(
+    prompts: Path | None, encode: Callable[[str], list[int]] | None, vocab_size: int, batch: Sequence[int],
+    prompt_tokens: Sequence[int], new_tokens: Sequence[int], shared_prefix: Sequence[int],
+) -> list[Workload]:  # fmt: skip
+    if prompts is not None:
+        if encode is None:
+            raise InputError("--prompts needs a model with a tokenizer, not random weights")
+        return [read_prompts(prompts, encode, n) for n in new_tokens]
+    return [
+        make_workload(encode, vocab_size, batch=b, prompt_tokens=p, new_tokens=n, shared_prefix=s)
+        for b in batch
+        for p in prompt_tokens
+        for n in new_tokens
+        for s in shared_prefix
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return command.main(args=list(argv) if argv is not None else None, standalone_mode=argv is None) or 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except InputError as error:
+        sys.exit(f"error: {error}")
