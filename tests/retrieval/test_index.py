@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -112,6 +113,7 @@ def test_extended_index(tmp_path, make_embedder):
     queries = [whole.passage(n).text for n in range(0, 230, 11)]
     assert extended.search(queries, 5, "exact") == whole.search(queries, 5, "exact")
     assert extended.search(queries, 5, "bm25") == whole.search(queries, 5, "bm25")
+    assert (tmp_path / "i" / "hnsw.bin").read_bytes() == (tmp_path / "whole" / "hnsw.bin").read_bytes()
     with pytest.raises(InputError, match="'d3' differs"):
         Index.build([Document("d3", "", "other words")], tmp_path / "i", make_embedder())
 
@@ -191,6 +193,28 @@ def test_wrong_use(tmp_path, embedder):
     (tmp_path / "l" / "passages.jsonl").write_text("mine")
     with pytest.raises(InputError, match="another folder"):
         Index.build(documents(2), tmp_path / "l", embedder)
+
+
+def test_full_disk_is_noticed(tmp_path, embedder, monkeypatch):
+    class Truncating:
+        def __init__(self, **arguments):
+            self.graph = hnswlib.Index(**arguments)
+
+        def __getattr__(self, name):
+            return getattr(self.graph, name)
+
+        def save_index(self, path):
+            self.graph.save_index(path)
+            os.truncate(path, 100)
+
+    hnswlib = index_module.hnswlib
+    monkeypatch.setattr(index_module, "hnswlib", SimpleNamespace(Index=Truncating))
+    with pytest.raises(OSError, match="No space left"):
+        Index.build(documents(20), tmp_path / "i", embedder)
+    monkeypatch.undo()
+    embedder.embedded.clear()
+    Index.build(documents(20), tmp_path / "i", embedder)
+    assert len(embedder.embedded) == 20  # the queries that measure the recall; no passage was embedded again
 
 
 def test_exact_search_orders_ties_by_number():
