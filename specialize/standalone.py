@@ -289,9 +289,8 @@ def systems_table(found: dict[str, Any], metric: str = "token_f1") -> list[tuple
     def show(r: Mapping[str, Any] | None) -> str:
         return "–" if r is None else f"{r['value']:.1f} [{r['low']:.1f}, {r['high']:.1f}]"
 
-    rows: list[tuple[str, ...]] = [head] + [
-        (task, *(show(cells.get((n, s, task))) for n, s in columns)) for task in tasks
-    ]
+    rows: list[tuple[str, ...]] = [head]
+    rows += [(task, *(show(cells.get((n, s, task))) for n, s in columns)) for task in tasks]
     means = {(n, r["shots"], r["metric"]): r for n, report in systems.items() for r in report["means"]}
     rows.append((f"mean {metric}", *(show(means.get((n, s, metric))) for n, s in columns)))
     mover = found.get("largest_mover")

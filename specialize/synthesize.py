@@ -243,6 +243,12 @@ class Synthesizer:
         """The random choice shared by a group of items, so that their prompts begin alike."""
         return random.Random(number_of(self.recipe.seed, purpose, source, number // self.recipe.instructions.group))
 
+    def _wording(self, kind: Kind, source: str, number: int) -> str:
+        """The instruction of an item: its kind's seeds may say the same in several ways, and all of them are used."""
+        return self._group_generator("wording", source, number).choice(
+            sorted({seed.instruction for seed in kind.seeds})
+        )
+
     def draft_jobs(self, wave: int, source: str, numbers: Sequence[int]) -> tuple[list[Item], list[Job]]:
         """Items that need no model, and the jobs that write the instruction or input of the others."""
         if source == "novel":
@@ -264,7 +270,7 @@ class Synthesizer:
             wave=wave,
             source="corpus",
             kind=kind.name,
-            instruction=kind.instruction,
+            instruction=self._wording(kind, source, number),
             input=text,
             provenance={"documents": documents, "seeds": [], "number": number},
         )
@@ -343,7 +349,7 @@ class Synthesizer:
         return Job(
             item_id=identity,
             purpose="input",
-            prompt=input_prompt(kind.instruction, shots, material.text, wanted),
+            prompt=input_prompt(self._wording(kind, source, number), shots, material.text, wanted),
             params=self._params(
                 f"{identity}/input",
                 temperature=min(settings.temperature, 0.7),
@@ -372,7 +378,7 @@ class Synthesizer:
                 kind = "novel"
             else:
                 group = self.kinds[int(source[1:])]
-                kind, instruction = group.name, group.instruction
+                kind, instruction = group.name, self._wording(group, source, int(origin["number"]))
                 text, verdict = self._judge_input(group, reply)
             items.append(
                 Item(
