@@ -86,6 +86,7 @@ def _loss_kernel(
     z_loss,
     HAS_WEIGHTS: tl.constexpr,
     WANT_GRADIENT: tl.constexpr,
+    WHOLE_ROW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One row a program: its loss, and in place of its logits their gradient."""
@@ -94,14 +95,23 @@ def _loss_kernel(
     target = tl.load(targets_ptr + row)
     valid = (target >= 0) & (target < V)
     picked = tl.load(base + target, mask=valid, other=float("nan")).to(tl.float32) * logit_scale
-    largest = -float("inf")
-    total = 0.0
-    for first in tl.range(0, V, BLOCK):
-        column = first + tl.arange(0, BLOCK)
-        z = tl.load(base + column, mask=column < V, other=-float("inf")).to(tl.float32) * logit_scale
-        larger = tl.maximum(largest, tl.max(z, axis=0))
-        total = total * tl.exp(largest - larger) + tl.sum(tl.exp(z - larger), axis=0)
-        largest = larger
+    column = tl.arange(0, BLOCK)
+    if WHOLE_ROW:
+        kept = tl.load(base + column, mask=column < V, other=-float("inf"))
+        z = kept.to(tl.float32) * logit_scale
+        largest = tl.max(z, axis=0)
+        total = tl.sum(tl.exp(z - largest), axis=0)
+    else:
+        largest = -float("inf")
+        total = 0.0
+        for first in tl.range(0, V, BLOCK):
+            z = (
+                tl.load(base + first + column, mask=first + column < V, other=-float("inf")).to(tl.float32)
+                * logit_scale
+            )
+            larger = tl.maximum(largest, tl.max(z, axis=0))
+            total = total * tl.exp(largest - larger) + tl.sum(tl.exp(z - larger), axis=0)
+            largest = larger
     lse = largest + tl.log(total)
     weight = 1.0
     if HAS_WEIGHTS:
@@ -110,11 +120,16 @@ def _loss_kernel(
     if WANT_GRADIENT:
         factor = weight * logit_scale
         slope = factor * (1.0 + 2.0 * z_loss * lse)
-        for first in tl.range(0, V, BLOCK):
-            column = first + tl.arange(0, BLOCK)
-            z = tl.load(base + column, mask=column < V, other=0.0).to(tl.float32) * logit_scale
-            gradient = tl.exp(z - lse) * slope - tl.where(column == target, factor, 0.0)
+        if WHOLE_ROW:
+            gradient = tl.exp(kept.to(tl.float32) * logit_scale - lse) * slope
+            gradient -= tl.where(column == target, factor, 0.0)
             tl.store(base + column, gradient.to(logits_ptr.dtype.element_ty), mask=column < V)
+        else:
+            for first in tl.range(0, V, BLOCK):
+                at = first + column
+                z = tl.load(base + at, mask=at < V, other=0.0).to(tl.float32) * logit_scale
+                gradient = tl.exp(z - lse) * slope - tl.where(at == target, factor, 0.0)
+                tl.store(base + at, gradient.to(logits_ptr.dtype.element_ty), mask=at < V)
 
 
 TRITON_DEFAULT = {"ROWS": 1024, "BLOCK": 4096, "warps": 8}
@@ -133,6 +148,7 @@ def _chunk_triton(logits, targets, weights, logit_scale, z_loss, losses, want_gr
         z_loss,
         HAS_WEIGHTS=weights is not None,
         WANT_GRADIENT=want_gradient,
+        WHOLE_ROW=config["BLOCK"] >= logits.shape[1],
         BLOCK=config["BLOCK"],
         num_warps=config["warps"],
     )
@@ -335,7 +351,7 @@ def _compile_cases(target: int) -> list[CompileCase]:
                 "logit_scale": "fp32",
                 "z_loss": "fp32",
             },
-            {"HAS_WEIGHTS": True, "WANT_GRADIENT": want, "BLOCK": config["BLOCK"]},
+            {"HAS_WEIGHTS": True, "WANT_GRADIENT": want, "WHOLE_ROW": False, "BLOCK": config["BLOCK"]},
             num_warps=config["warps"],
             attrs={"V": 16, "stride": 16},
         )

@@ -19,9 +19,9 @@ from .dispatch import tl, triton
 from .spec import CompileCase
 
 GEMM_DEFAULT = {"BM": 128, "BN": 256, "BK": 64, "GROUP": 8, "PARTS": 2, "FLATTEN": True, "warps": 8, "stages": 3}
-# Hopper and later; before, tiles that fit 255 registers and 99 KiB
-GEMM_AMPERE = {"BM": 128, "BN": 128, "BK": 32, "GROUP": 8, "PARTS": 1, "FLATTEN": False, "warps": 8, "stages": 4}
-SHRINK_DEFAULT = {"BM": 64, "BK": 128, "warps": 4, "stages": 4}
+# without TMA the addresses of a tile take registers: no larger tile fits without spills
+GEMM_AMPERE = {"BM": 64, "BN": 64, "BK": 32, "GROUP": 8, "PARTS": 1, "FLATTEN": False, "warps": 8, "stages": 3}
+SHRINK_DEFAULT = {"BM": 64, "BK": 128, "warps": 8, "stages": 3}
 GRADIENT_DEFAULT = {"BT": 64, "BK": 128, "SPLITS": 8, "warps": 4, "stages": 4}
 
 
@@ -145,7 +145,9 @@ def _gradient_kernel(
 
 def gemm_default(target: int) -> dict[str, Any]:
     """Tiles for a compute capability (80, 90, 100)."""
-    return GEMM_DEFAULT if target >= 90 else GEMM_AMPERE
+    if target < 90:
+        return GEMM_AMPERE
+    return GEMM_DEFAULT if target < 100 else GEMM_DEFAULT | {"FLATTEN": False}
 
 
 def capability(tensor: torch.Tensor) -> int:

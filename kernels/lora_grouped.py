@@ -79,22 +79,55 @@ def _adapter_of(token, adapter_ptr, starts_ptr, T, B, BLOCK_B: tl.constexpr):
 
 
 @triton.jit
-def _shrink_token_kernel(x_ptr, a_ptr, adapter_ptr, h_ptr, T, K, stride_x, R: tl.constexpr, BK: tl.constexpr):
-    """h [split, T, R] = x[t, split's channels] · A_nᵀ, one token and one share of the channels a program."""
-    token = tl.program_id(0).to(tl.int64)
-    adapter = tl.load(adapter_ptr + token).to(tl.int64)
-    if adapter >= 0:
-        channel = tl.program_id(1) * BK + tl.arange(0, BK)
-        rank = tl.arange(0, R)
-        x = tl.load(x_ptr + token * stride_x + channel, mask=channel < K, other=0.0).to(tl.float32)
-        at = (adapter * R + rank)[:, None] * K + channel[None, :]
-        a = tl.load(a_ptr + at, mask=(channel < K)[None, :], other=0.0).to(tl.float32)
-        h = tl.sum(a * x[None, :], axis=1)
-        tl.store(h_ptr + (tl.program_id(1) * T.to(tl.int64) + token) * R + rank, h)
+def _members(adapter_ptr, adapter, first, T, BLOCK_T: tl.constexpr, GROUP: tl.constexpr):
+    """Of the tokens with this adapter those numbered ``first`` to ``first + GROUP``: their places, −1 where there are
+    no more, and how many there are in all. One token a sequence."""
+    token = tl.arange(0, BLOCK_T)
+    mine = tl.load(adapter_ptr + token, mask=token < T, other=-1) == adapter
+    rank = tl.cumsum(mine.to(tl.int32), axis=0) - 1 - first
+    slot = tl.arange(0, GROUP)
+    hit = (rank[None, :] == slot[:, None]) & mine[None, :]
+    place = tl.sum(tl.where(hit, token[None, :] + 1, 0), axis=1) - 1
+    return place, tl.sum(mine.to(tl.int32), axis=0)
 
 
 @triton.jit
-def _expand_token_kernel(
+def _shrink_adapter_kernel(
+    x_ptr,
+    a_ptr,
+    adapter_ptr,
+    h_ptr,
+    T,
+    K,
+    stride_x,
+    R: tl.constexpr,
+    BK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """h [split, T, R] = x · A_nᵀ over one share of the channels, for all tokens of one adapter: A is read once."""
+    adapter = tl.program_id(0)
+    channel = tl.program_id(1) * BK + tl.arange(0, BK)
+    rank = tl.arange(0, R)
+    ok = channel < K
+    a_at = a_ptr + (adapter.to(tl.int64) * R + rank)[None, :] * K + channel[:, None]
+    place, count = _members(adapter_ptr, adapter, 0, T, BLOCK_T, GROUP)
+    if count > 0:
+        a = tl.load(a_at, mask=ok[:, None], other=0.0)
+        h_split = h_ptr + tl.program_id(1) * tl.cast(T, tl.int64) * R
+        first = 0
+        while first < count:
+            row = place.to(tl.int64)[:, None]
+            x = tl.load(x_ptr + row * stride_x + channel[None, :], mask=(row >= 0) & ok[None, :], other=0.0)
+            h = tl.dot(x, a, input_precision=PRECISION)
+            tl.store(h_split + row * R + rank[None, :], h, mask=row >= 0)
+            first += GROUP
+            place, count = _members(adapter_ptr, adapter, first, T, BLOCK_T, GROUP)
+
+
+@triton.jit
+def _expand_adapter_kernel(
     y_ptr,
     h_ptr,
     b_ptr,
@@ -105,23 +138,34 @@ def _expand_token_kernel(
     stride_y,
     R: tl.constexpr,
     SPLITS: tl.constexpr,
-    SPLIT_BLOCK: tl.constexpr,
     BN: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """y[t, columns] += scale · (Σ_split h) · B_nᵀ."""
-    token = tl.program_id(0).to(tl.int64)
-    adapter = tl.load(adapter_ptr + token).to(tl.int64)
-    if adapter >= 0:
-        column = tl.program_id(1) * BN + tl.arange(0, BN)
-        rank = tl.arange(0, R)
-        split = tl.arange(0, SPLIT_BLOCK)
-        at = (split[:, None] * T.to(tl.int64) + token) * R + rank[None, :]
-        b = tl.load(b_ptr + (adapter * N + column)[:, None] * R + rank[None, :], mask=(column < N)[:, None], other=0.0)
-        h = tl.sum(tl.load(h_ptr + at, mask=(split < SPLITS)[:, None], other=0.0), axis=0)
-        update = tl.sum(b.to(tl.float32) * h[None, :], axis=1) * tl.load(scale_ptr + adapter)
-        target = y_ptr + token * stride_y + column
-        y = tl.load(target, mask=column < N, other=0.0).to(tl.float32)
-        tl.store(target, (y + update).to(y_ptr.dtype.element_ty), mask=column < N)
+    """y[tokens of one adapter, columns] += scale · (Σ_split h) · B_nᵀ: B is read once."""
+    adapter = tl.program_id(0)
+    column = tl.program_id(1) * BN + tl.arange(0, BN)
+    rank = tl.arange(0, R)
+    inside = column < N
+    b_at = b_ptr + (adapter.to(tl.int64) * N + column)[None, :] * R + rank[:, None]
+    place, count = _members(adapter_ptr, adapter, 0, T, BLOCK_T, GROUP)
+    if count > 0:
+        b = tl.load(b_at, mask=inside[None, :], other=0.0)
+        scale = tl.load(scale_ptr + adapter)
+        first = 0
+        while first < count:
+            row = place.to(tl.int64)[:, None]
+            target = y_ptr + row * stride_y + column[None, :]
+            mask = (row >= 0) & inside[None, :]
+            y = tl.load(target, mask=mask, other=0.0).to(tl.float32)
+            h = tl.zeros((GROUP, R), dtype=tl.float32)
+            for split in tl.static_range(SPLITS):
+                h += tl.load(h_ptr + (split * tl.cast(T, tl.int64) + row) * R + rank[None, :], mask=row >= 0, other=0.0)
+            y = tl.dot((h * scale).to(b.dtype), b, y, input_precision=PRECISION)
+            tl.store(target, y.to(y_ptr.dtype.element_ty), mask=mask)
+            first += GROUP
+            place, count = _members(adapter_ptr, adapter, first, T, BLOCK_T, GROUP)
 
 
 @triton.jit
@@ -202,7 +246,8 @@ def _expand_tile_kernel(
     tl.store(target, (y + acc).to(y_ptr.dtype.element_ty), mask=mask)
 
 
-TOKEN_DEFAULT = {"BK": 512, "BN": 256, "shrink_warps": 4, "expand_warps": 4}
+MAX_DECODE_TOKENS = 512
+DECODE_DEFAULT = {"BK": 512, "BN": 256, "shrink_warps": 4, "expand_warps": 4}
 TILE_DEFAULT = {"BT": 16, "BK": 128, "BN": 128, "warps": 4, "stages": 3}
 
 
@@ -223,16 +268,32 @@ def _add_triton(y, x, a, b, scalings, adapter_index, query_starts, max_query_len
     num_sequences = adapter_index.shape[0]
     if x.stride(1) != 1:
         x = x.contiguous()
-    if max_query_len <= 1 and num_sequences == num_tokens:
-        config = tuned_config(OP, f"token {rank}", TOKEN_DEFAULT)
-        bk = max(16, config["BK"] * 16 // rank)
+    precision = "ieee" if x.dtype == torch.float32 else "tf32"
+    if max_query_len <= 1 and num_sequences == num_tokens and num_tokens <= MAX_DECODE_TOKENS:
+        config = tuned_config(OP, f"decode {rank}", DECODE_DEFAULT)
+        bk = max(32, config["BK"] * 16 // rank)
         splits = triton.cdiv(num_in, bk)
         h = torch.empty(splits, num_tokens, rank, dtype=torch.float32, device=x.device)
-        _shrink_token_kernel[(num_tokens, splits)](
-            x, a, adapter_index, h, num_tokens, num_in, x.stride(0), R=rank, BK=bk, num_warps=config["shrink_warps"]
+        common = {
+            "R": rank,
+            "BLOCK_T": max(16, triton.next_power_of_2(num_tokens)),
+            "GROUP": 16,
+            "PRECISION": precision,
+        }
+        _shrink_adapter_kernel[(a.shape[0], splits)](
+            x,
+            a,
+            adapter_index,
+            h,
+            num_tokens,
+            num_in,
+            x.stride(0),
+            BK=bk,
+            num_warps=config["shrink_warps"],
+            **common,
         )
-        bn = max(16, config["BN"] * 16 // rank)
-        _expand_token_kernel[(num_tokens, triton.cdiv(num_out, bn))](
+        bn = max(32, config["BN"] * 16 // rank)
+        _expand_adapter_kernel[(a.shape[0], triton.cdiv(num_out, bn))](
             y,
             h,
             b,
@@ -241,11 +302,10 @@ def _add_triton(y, x, a, b, scalings, adapter_index, query_starts, max_query_len
             num_tokens,
             num_out,
             y.stride(0),
-            R=rank,
             SPLITS=splits,
-            SPLIT_BLOCK=triton.next_power_of_2(splits),
             BN=bn,
             num_warps=config["expand_warps"],
+            **common,
         )
         return y
     config = tuned_config(OP, f"tile {rank}", TILE_DEFAULT)
@@ -255,7 +315,7 @@ def _add_triton(y, x, a, b, scalings, adapter_index, query_starts, max_query_len
         "R": rank,
         "BT": config["BT"],
         "BLOCK_B": min(256, max(16, triton.next_power_of_2(num_sequences))),
-        "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
+        "PRECISION": precision,
         "num_warps": config["warps"],
         "num_stages": config["stages"],
     }
@@ -397,11 +457,12 @@ def _compile_cases(target: int) -> list[CompileCase]:
     pointers = {"adapter_ptr": "*i32", "starts_ptr": "*i32"}
     cases = []
     for rank in (16, 64):
-        token, tile = TOKEN_DEFAULT, TILE_DEFAULT
+        decode, tile = DECODE_DEFAULT, TILE_DEFAULT
+        group = {"R": rank, "BLOCK_T": 64, "GROUP": 16, "PRECISION": "tf32"}
         cases += [
             CompileCase(
-                f"shrink, a token a program, R={rank}",
-                _shrink_token_kernel,
+                f"shrink, decode, R={rank}",
+                _shrink_adapter_kernel,
                 {
                     "x_ptr": "*bf16",
                     "a_ptr": "*bf16",
@@ -409,13 +470,13 @@ def _compile_cases(target: int) -> list[CompileCase]:
                     "h_ptr": "*fp32",
                     **dict.fromkeys(("T", "K", "stride_x"), "i32"),
                 },
-                {"R": rank, "BK": token["BK"] * 16 // rank},
-                num_warps=token["shrink_warps"],
+                {**group, "BK": decode["BK"] * 16 // rank},
+                num_warps=decode["shrink_warps"],
                 attrs={"K": 16, "stride_x": 16},
             ),
             CompileCase(
-                f"expand, a token a program, R={rank}",
-                _expand_token_kernel,
+                f"expand, decode, R={rank}",
+                _expand_adapter_kernel,
                 {
                     "y_ptr": "*bf16",
                     "h_ptr": "*fp32",
@@ -424,8 +485,8 @@ def _compile_cases(target: int) -> list[CompileCase]:
                     "adapter_ptr": "*i32",
                     **dict.fromkeys(("T", "N", "stride_y"), "i32"),
                 },
-                {"R": rank, "SPLITS": 8, "SPLIT_BLOCK": 8, "BN": token["BN"] * 16 // rank},
-                num_warps=token["expand_warps"],
+                {**group, "SPLITS": 8, "BN": decode["BN"] * 16 // rank},
+                num_warps=decode["expand_warps"],
                 attrs={"N": 16, "stride_y": 16},
             ),
             CompileCase(

@@ -7,10 +7,13 @@ nearest of the 256 values of the signed 8-bit dynamic-exponent map (Dettmers et 
 
     w ≈ codebook[code] · absmax         absmax = map[index] · scale + offset
 
-Shapes: w [out, in] with in a multiple of 64; codes u8 [in/64, out, 32], block after block so that a kernel reads a
-block of many channels in one piece, the even element of a pair in the high four bits; absmax_index u8 [in/64, out];
-absmax_scale f32 [⌈out·in/64/256⌉] over the blocks in the weight's own order (row by row), absmax_offset f32 [1].
+Shapes: w [out, in] with in a multiple of 64; codes u8 [in/64, out, 32]; absmax_index u8 [in/64, out]; absmax_scale
+f32 [⌈out·in/64/256⌉] over the blocks in the weight's own order (row by row), absmax_offset f32 [1].
 A weight costs 4 + 8/64 + 32/16384 = 4.127 bits.
+
+Storage is ours: block after block, so that a kernel reads a block of many channels in one piece, and within a block
+byte 4 w + b holds elements 16 b + 2 w (low four bits) and 16 b + 2 w + 1. A 32-bit word is then what one thread of a
+matrix instruction needs: neighbouring elements of each of four 16-element steps.
 """
 
 from __future__ import annotations
@@ -103,12 +106,24 @@ def quantize_nf4(w: torch.Tensor) -> NF4Weight:
         largest = blocks.abs().amax(dim=2)
         absmax[start : start + step] = largest
         unit = blocks / torch.where(largest > 0, largest, torch.ones_like(largest))[..., None]
-        code = _nearest(unit, table).to(torch.uint8).view(-1, num_blocks, BLOCK // 2, 2)
-        codes[:, start : start + step] = ((code[..., 0] << 4) | code[..., 1]).transpose(0, 1)
+        code = _nearest(unit, table).to(torch.uint8)
+        codes[:, start : start + step] = _pack(code).transpose(0, 1)
     if not bool(torch.isfinite(absmax).all()):
         raise bad_argument("quantize_nf4", "w", "values that are infinite or NaN", "finite values")
     index, scale, offset = _quantize_absmax(absmax)
     return NF4Weight(codes, index.t().contiguous(), scale, offset)
+
+
+def _pack(code: torch.Tensor) -> torch.Tensor:
+    """Codes [..., 64], one a byte → [..., 32] in storage order."""
+    pairs = code.unflatten(-1, (4, 8, 2)).transpose(-3, -2).flatten(-3, -2)  # [..., 8 words × 4 steps, 2]
+    return pairs[..., 0] | (pairs[..., 1] << 4)
+
+
+def unpack(codes: torch.Tensor) -> torch.Tensor:
+    """Storage order [..., 32] → codes [..., 64], one a byte."""
+    pairs = torch.stack((codes & 15, codes >> 4), dim=-1)
+    return pairs.unflatten(-2, (8, 4)).transpose(-3, -2).flatten(-3)
 
 
 def _quantize_absmax(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -131,8 +146,7 @@ def absmax_of(weight: NF4Weight) -> torch.Tensor:
 
 def dequantize_nf4_reference(weight: NF4Weight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """codebook · absmax in fp32, rounded once to ``dtype``: [out, in]."""
-    pairs = torch.stack((weight.codes >> 4, weight.codes & 15), dim=-1)
-    values = _table(CODEBOOK, weight.device)[pairs.long()].flatten(2).transpose(0, 1)
+    values = _table(CODEBOOK, weight.device)[unpack(weight.codes).long()].transpose(0, 1)
     return (values * absmax_of(weight)[..., None]).reshape(weight.shape).to(dtype)
 
 
@@ -152,18 +166,19 @@ def _dequantize_kernel(
 ):
     channel = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     inside = channel < num_out
-    pair = tl.arange(0, 32)
+    pair = tl.arange(0, 32)  # elements 2 p and 2 p + 1
+    byte = (pair % 8) * 4 + pair // 8
     offset = tl.load(offset_ptr)
     for step in tl.static_range(BLOCKS):
         block = tl.program_id(1).to(tl.int64) * BLOCKS + step
         mask = inside & (tl.zeros_like(channel) + block < num_blocks)
         at = block * num_out + channel
-        code = tl.load(codes_ptr + at[:, None] * 32 + pair[None, :], mask=mask[:, None], other=0)
+        code = tl.load(codes_ptr + at[:, None] * 32 + byte[None, :], mask=mask[:, None], other=0)
         index = tl.load(index_ptr + at, mask=mask, other=0).to(tl.int32)
         scale = tl.load(scale_ptr + (channel * num_blocks + block) // 256, mask=mask, other=0.0)
         absmax = (tl.load(map_ptr + index) * scale + offset)[:, None]
-        even = tl.load(codebook_ptr + (code >> 4).to(tl.int32)) * absmax
-        odd = tl.load(codebook_ptr + (code & 15).to(tl.int32)) * absmax
+        even = tl.load(codebook_ptr + (code & 15).to(tl.int32)) * absmax
+        odd = tl.load(codebook_ptr + (code >> 4).to(tl.int32)) * absmax
         values = tl.reshape(tl.join(even, odd), (BN, 64)).to(w_ptr.dtype.element_ty)
         column = tl.arange(0, 64)
         tl.store(w_ptr + (channel * num_blocks + block)[:, None] * 64 + column[None, :], values, mask=mask[:, None])

@@ -58,7 +58,7 @@ def _finish(
     at = token.to(tl.int64)[None, :] * N + channel[:, None]
     last = True
     if SPLITS > 1:
-        size = T.to(tl.int64) * N
+        size = tl.cast(T, tl.int64) * N
         tl.store(parts_ptr + tl.program_id(1).to(tl.int64) * size + at, acc, mask=mask)
         tl.debug_barrier()
         counter = counter_ptr + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
@@ -72,6 +72,40 @@ def _finish(
         if HAS_BIAS:
             acc += tl.load(bias_ptr + channel, mask=channel < N, other=0.0).to(tl.float32)[:, None]
         tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _nf4_values(base, mask, codebook_ptr, LOOKUP: tl.constexpr, dtype: tl.constexpr):
+    """The four 16-element steps of a block of 64, each [channels, 16]; base points at the channels' 32 bytes."""
+    step = tl.arange(0, 16)
+    if LOOKUP == "":
+        byte = base + (step // 2 * 4)[None, :]
+        shift = (step % 2 * 4)[None, :]
+        w0 = tl.load(codebook_ptr + ((tl.load(byte, mask=mask, other=0) >> shift) & 15)).to(dtype)
+        w1 = tl.load(codebook_ptr + ((tl.load(byte + 1, mask=mask, other=0) >> shift) & 15)).to(dtype)
+        w2 = tl.load(codebook_ptr + ((tl.load(byte + 2, mask=mask, other=0) >> shift) & 15)).to(dtype)
+        w3 = tl.load(codebook_ptr + ((tl.load(byte + 3, mask=mask, other=0) >> shift) & 15)).to(dtype)
+    else:
+        half = tl.load(base.to(tl.pointer_type(tl.int16)) + step[None, :], mask=mask, other=0)
+        if dtype == tl.bfloat16:
+            w0, w1, w2, w3 = tl.inline_asm_elementwise(
+                LOOKUP,
+                "=r,=r,=r,=r,r",
+                [half],
+                (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+                is_pure=True,
+                pack=2,
+            )
+        else:
+            w0, w1, w2, w3 = tl.inline_asm_elementwise(
+                LOOKUP,
+                "=r,=r,=r,=r,r",
+                [half],
+                (tl.float16, tl.float16, tl.float16, tl.float16),
+                is_pure=True,
+                pack=2,
+            )
+    return w0, w1, w2, w3
 
 
 @triton.jit
@@ -96,41 +130,47 @@ def _nf4_kernel(
     SPLITS: tl.constexpr,
     BN: tl.constexpr,
     BT: tl.constexpr,
+    UNROLL: tl.constexpr,
     LOOKUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     channel = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     token = tl.program_id(2) * BT + tl.arange(0, BT)
-    pair = tl.arange(0, 32)
-    within = tl.arange(0, 64)
+    step = tl.arange(0, 16)
+    zero = tl.zeros((BN,), dtype=tl.int32)
     inside = channel < N
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     offset = tl.load(offset_ptr)
-    x_row = x_ptr + token.to(tl.int64)[:, None] * stride_x + within[None, :]
+    x_column = x_ptr + token.to(tl.int64)[None, :] * stride_x + step[:, None]
     acc = tl.zeros((BN, BT), dtype=tl.float32)
     first = tl.program_id(1) * blocks_per_split
-    for block in tl.range(first, min(first + blocks_per_split, num_blocks)):
-        at = block * N + channel
-        code = tl.load(codes_ptr + at[:, None] * 32 + pair[None, :], mask=inside[:, None], other=0)
-        index = tl.load(index_ptr + at, mask=inside, other=0).to(tl.int32)
-        scale = tl.load(scale_ptr + (channel * num_blocks + block) // 256, mask=inside, other=0.0)
-        absmax = tl.load(map_ptr + index) * scale + offset
-        x = tl.load(x_row + block * 64, mask=(token < T)[:, None], other=0.0)
-        x_even, x_odd = tl.split(tl.reshape(x, (BT, 32, 2)))
-        if LOOKUP == "":
-            even = tl.load(codebook_ptr + (code >> 4).to(tl.int32)).to(dtype)
-            odd = tl.load(codebook_ptr + (code & 15).to(tl.int32)).to(dtype)
-        elif dtype == tl.bfloat16:
-            odd, even = tl.inline_asm_elementwise(
-                LOOKUP, "=r,=r,=r,=r,r", [code], (tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
-            )
-        else:
-            odd, even = tl.inline_asm_elementwise(
-                LOOKUP, "=r,=r,=r,=r,r", [code], (tl.float16, tl.float16), is_pure=True, pack=4
-            )
-        part = tl.dot(even, x_even.T, input_precision=PRECISION)
-        part = tl.dot(odd, x_odd.T, part, input_precision=PRECISION)
-        acc += part * absmax[:, None]
+    stop = min(first + blocks_per_split, num_blocks)
+    # a scale comes through dependent loads: the index is fetched an iteration ahead
+    indices = (tl.load(index_ptr + first * N + channel, mask=inside & (zero + first < stop), other=0),)
+    for u in tl.static_range(1, UNROLL):
+        there = inside & (zero + first + u < stop)
+        indices = indices + (tl.load(index_ptr + (first + u) * N + channel, mask=there, other=0),)  # noqa: RUF005
+    for start in tl.range(first, stop, UNROLL):
+        following = ()
+        for u in tl.static_range(UNROLL):
+            block = start + u
+            there = inside & (zero + block < stop)
+            scale = tl.load(scale_ptr + (channel * num_blocks + block) // 256, mask=there, other=0.0)
+            absmax = tl.load(map_ptr + indices[u].to(tl.int32), mask=there, other=0.0) * scale + offset
+            absmax = tl.where(there, absmax, 0.0)
+            ahead = inside & (zero + block + UNROLL < stop)
+            fetched = tl.load(index_ptr + (block + UNROLL) * N + channel, mask=ahead, other=0)
+            following = following + (fetched,)  # noqa: RUF005
+            x_mask = (token < T)[None, :] & (step * 0 + block < stop)[:, None]
+            base = codes_ptr + (tl.cast(block, tl.int64) * N + channel)[:, None] * 32
+            w0, w1, w2, w3 = _nf4_values(base, there[:, None], codebook_ptr, LOOKUP, dtype)
+            x_at = x_column + block * 64
+            part = tl.dot(w0, tl.load(x_at, mask=x_mask, other=0.0), input_precision=PRECISION)
+            part = tl.dot(w1, tl.load(x_at + 16, mask=x_mask, other=0.0), part, input_precision=PRECISION)
+            part = tl.dot(w2, tl.load(x_at + 32, mask=x_mask, other=0.0), part, input_precision=PRECISION)
+            part = tl.dot(w3, tl.load(x_at + 48, mask=x_mask, other=0.0), part, input_precision=PRECISION)
+            acc += part * absmax[:, None]
+        indices = following
     _finish(acc, token, channel, T, N, bias_ptr, y_ptr, parts_ptr, counter_ptr, HAS_BIAS, SPLITS)
 
 
@@ -191,8 +231,8 @@ def _channel_kernel(
 
 @lru_cache(maxsize=4)
 def lookup_assembly(dtype: torch.dtype) -> str:
-    """PTX that turns a word of four bytes, eight codes, into their codebook values, as two pairs of 16-bit registers
-    for the low and two for the high halves of the bytes; "" where the dtype has no 16-bit table.
+    """PTX that turns a word of storage, eight codes, into their codebook values: four registers, each with the two
+    neighbouring elements of one 16-element step; "" where the dtype has no 16-bit table.
 
     ``prmt`` picks four bytes of eight by four-bit selectors, so a 16-entry table of bytes takes three: one on the
     lower eight entries, one on the upper, one that chooses between them by the codes' top bits.
@@ -217,11 +257,11 @@ def lookup_assembly(dtype: torch.dtype) -> str:
                 f"prmt.b32 u, {word[2]:#x}, {word[3]:#x}, s;",
                 f"prmt.b32 {name}, t, u, q;",
             ]
-        lines += [f"prmt.b32 ${half}, low, high, 0x6240;", f"prmt.b32 ${2 + half}, low, high, 0x7351;"]
+        lines += [f"prmt.b32 ${2 * half}, low, high, 0x5140;", f"prmt.b32 ${2 * half + 1}, low, high, 0x7362;"]
     return "{" + " ".join(lines) + "}"
 
 
-DEFAULT = {"BN": 64, "BK": 64, "PER_SM": 4, "warps": 4, "stages": 3, "MAX_ROWS": 64}
+DEFAULT = {"BN": 128, "BK": 128, "UNROLL": 2, "PER_SM": 4, "warps": 4, "stages": 3, "MAX_ROWS": 64}
 _counters: dict[tuple[torch.device, int | str], torch.Tensor] = {}
 
 
@@ -295,6 +335,7 @@ def _few_rows(
             steps,
             x.stride(0),
             per_split,
+            UNROLL=config["UNROLL"],
             LOOKUP=lookup_assembly(x.dtype) if x.is_cuda else "",
             **common,
         )
@@ -388,7 +429,7 @@ def _compile_cases(target: int) -> list[CompileCase]:
                     **pointers,
                     **dict.fromkeys(("T", "N", "num_blocks", "stride_x", "blocks_per_split"), "i32"),
                 }
-                constants["LOOKUP"] = lookup_assembly(torch.bfloat16)
+                constants |= {"LOOKUP": lookup_assembly(torch.bfloat16), "UNROLL": config["UNROLL"]}
                 attrs = dict.fromkeys(("N", "stride_x"), 16)
             else:
                 kernel = _channel_kernel

@@ -11,6 +11,7 @@ from specialize.kernels.nf4 import (
     dequantize_nf4_reference,
     dynamic_map,
     quantize_nf4,
+    unpack,
 )
 
 
@@ -40,8 +41,7 @@ def test_codes_are_the_nearest_entries():
     blocks = w.view(8, -1, BLOCK)
     unit = blocks / blocks.abs().amax(-1, keepdim=True)
     nearest = (unit[..., None] - torch.tensor(CODEBOOK)).abs().argmin(-1)
-    stored = torch.stack((weight.codes >> 4, weight.codes & 15), -1).flatten(2).transpose(0, 1)
-    assert torch.equal(stored.long(), nearest)
+    assert torch.equal(unpack(weight.codes).transpose(0, 1).long(), nearest)
 
 
 def test_block_scales_come_back_within_the_map_s_step():
