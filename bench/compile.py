@@ -111,18 +111,23 @@ def compile_row(op: str, case: CompileCase, target: int) -> dict[str, Any]:
     return row | {"problems": problems}
 
 
-def _jobs(targets: Iterable[int], ops: Sequence[str] | None) -> list[tuple[str, CompileCase, int]]:
+def _jobs(targets: Iterable[int], ops: Sequence[str] | None) -> list[tuple[str, CompileCase | Exception, int]]:
+    """What to compile; an exception stands where an op could not list its cases."""
     specs = kernel_specs()
     if ops and (missing := sorted(set(ops) - set(specs))):
         raise ValueError(f"unknown op {', '.join(missing)}; allowed: {', '.join(specs)}")
-    jobs: dict[tuple[Any, ...], tuple[str, CompileCase, int]] = {}
+    jobs: dict[tuple[Any, ...], tuple[str, CompileCase | Exception, int]] = {}
     for spec in (spec for op, spec in specs.items() if not ops or op in ops):
         for target in targets:
             # What runs on a device of this capability: its tuned configurations, and the defaults on one without a
             # file.
             for device in (*tuning.shipped_devices(target), ""):
-                with tuning.as_device(device):
-                    cases = spec.compile_cases(target)
+                try:
+                    with tuning.as_device(device):
+                        cases = spec.compile_cases(target)
+                except Exception as error:  # noqa: BLE001 - the table must name the op and go on
+                    jobs[spec.op, target, device] = (spec.op, error, target)
+                    continue
                 for case in cases:
                     if target in case.targets:
                         settings = sorted({**case.constexprs, **case.options}.items(), key=str)
@@ -133,7 +138,12 @@ def _jobs(targets: Iterable[int], ops: Sequence[str] | None) -> list[tuple[str, 
 
 def _worker(index: int, count: int, targets: Sequence[int], ops: Sequence[str] | None, limit: int | None) -> None:
     for op, case, target in _jobs(targets, ops)[index:limit:count]:
-        print(json.dumps(compile_row(op, case, target)), flush=True)
+        if isinstance(case, Exception):
+            failed = {"op": op, "case": "listing its cases", "target": target, "hot": True, "gemm": False}
+            row = failed | {"problems": [f"{type(case).__name__}: {case}"[:400]]}
+        else:
+            row = compile_row(op, case, target)
+        print(json.dumps(row), flush=True)
 
 
 def compile_table(
