@@ -101,7 +101,7 @@ def norm(x, weight, bias, eps: float, residual, *, centre: bool):
 
 def _rotate(x, cos, sin, positions, sign: float) -> torch.Tensor:
     rows, count, inner, outer_stride, inner_stride = as_rows(x)
-    if inner == 1:  # a contiguous [T, N, D]: positions belong to the outer dimension
+    if inner != x.shape[1]:  # a contiguous [T, N, D]: positions belong to the outer dimension
         inner, outer_stride, inner_stride = x.shape[1], x.shape[1] * x.shape[2], x.shape[2]
     y = torch.empty(x.shape, dtype=x.dtype)
     _library().rope_rows(
