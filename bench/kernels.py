@@ -8,8 +8,11 @@ make the case small enough for the correctness check; ``check`` "reference" wher
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -224,6 +227,36 @@ def cases_by_priority(specs: Iterable[KernelSpec]) -> list[tuple[KernelSpec, Cas
     return sorted(pairs, key=lambda pair: pair[1].get("priority", 5))
 
 
+def _warm(index: int, count: int, ops: Sequence[str] | None) -> None:
+    """Runs every ``count``-th case once, so that its kernels lie compiled in Triton's cache."""
+    specs = kernel_specs()
+    pairs = cases_by_priority(spec for op, spec in specs.items() if not ops or op in ops)
+    for spec, case in pairs[index::count]:
+        for shape in ({**case, **case.get("check_at", {})}, case):
+            with contextlib.suppress(Exception):  # what is wrong with a case will show when it is benched
+                inputs = spec.make_inputs(shape, "cuda", DTYPES[case.get("dtype", "bf16")], 0)
+                _results(spec.run, inputs, case.get("pass", "forward"))
+            torch.cuda.empty_cache()
+
+
+def compile_ahead(ops: Sequence[str] | None, seconds: float) -> None:
+    """Compiles the kernels of all cases in parallel processes, for at most ``seconds``: one after the other they would
+    take longer than their measurement."""
+    count = max(1, min(8, len(os.sched_getaffinity(0)) // 2))
+    workers = []
+    for index in range(count):
+        arguments = json.dumps({"index": index, "count": count, "ops": list(ops) if ops else None})
+        command = [sys.executable, "-m", __spec__.name, "--warm", arguments]
+        workers.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+    deadline = time.monotonic() + seconds
+    for worker in workers:
+        try:
+            worker.wait(timeout=max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            worker.wait()
+
+
 def format_row(row: dict[str, Any]) -> str:
     """A row as one line of text."""
     shape = " ".join(f"{k}={v}" for k, v in row["shape"].items())
@@ -284,6 +317,9 @@ def bench_all(
     limits = write_environment(folder)["ceilings"]
     rates = f"copy {limits['copy_gb_s']:.0f} GB/s, bf16 GEMM {limits['gemm_tflop_s']:.0f} TFLOP/s"
     print(f"{environment()['device']}: {rates}", flush=True)
+    if not tune:
+        compile_ahead(ops, seconds=min(90.0, (deadline - time.monotonic()) / 3))
+        print(f"compiled ahead; {deadline - time.monotonic():.0f} s left", flush=True)
     rows = []
     with open(folder / "kernels.jsonl", "a") as file:
         for spec, case in cases_by_priority(chosen):
@@ -346,4 +382,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if sys.argv[1:2] == ["--warm"]:
+        _warm(**json.loads(sys.argv[2]))
+    else:
+        sys.exit(main())
