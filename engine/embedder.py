@@ -46,7 +46,7 @@ class _Block:
 
 
 class Embedder:
-    """Texts -> unit vectors f32[N, dim]. Equal ``fingerprint``, equal vectors: it names weights, tokenizer and settings."""
+    """Texts -> unit vectors f32[N, dim]. Equal ``fingerprint``, equal vectors: it names weights and settings."""
 
     def __init__(
         self, folder: str | Path, *, dtype: torch.dtype, device: torch.device | str, backend: str | None

@@ -1,22 +1,27 @@
-"""A frozen linear layer: weights, and on a CPU a second copy of them in oneDNN's blocked layout for few rows."""
+"""A frozen linear layer: weights, and on a CPU a second copy of them in blocked order for few rows."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+
+from ..kernels import cpu_linear
+from ..kernels.activation import swiglu
 
 
 class Linear:
     """``y = x W^T + b`` with W ``[out, in]``. Change the weights through `replace` only: packed copies depend on them.
 
-    With ``prepack`` a bf16 CPU layer keeps, from the first small batch on, a blocked copy that oneDNN multiplies 1.5
-    to 2 times faster at up to ``PACKED_ROWS`` rows; larger products are faster from the plain layout. It costs the
-    weights' memory once more and applies only where no gradient is wanted.
+    With ``prepack`` a bf16 CPU layer keeps, from the first small batch on, a blocked copy: for AMX tiles by our own
+    twin, else by oneDNN. Up to ``PACKED_ROWS`` rows it is 1.3 to 2 times faster than the plain layout, above that
+    slower. It costs the weights' memory once more and applies only where no gradient is wanted.
     """
 
-    PACKED_ROWS = 128
+    PACKED_ROWS = 256
 
-    __slots__ = ("_packed", "bias", "prepack", "weight")
+    __slots__ = ("_gated", "_packed", "bias", "prepack", "weight")
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, prepack: bool = False) -> None:
         self.prepack = prepack
@@ -25,7 +30,8 @@ class Linear:
     def replace(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Takes new weights in place of the old ones."""
         self.weight, self.bias = weight, bias
-        self._packed: torch.Tensor | None = None
+        self._packed: Any | None = None
+        self._gated: cpu_linear.PackedLinear | None = None
         self.prepack = self.prepack and can_prepack(weight)
 
     @property
@@ -36,16 +42,31 @@ class Linear:
     def out_features(self) -> int:
         return self.weight.shape[0]
 
+    def _is_small(self, x: torch.Tensor) -> bool:
+        return self.prepack and 0 < x.shape[0] <= self.PACKED_ROWS and not torch.is_grad_enabled()
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self.prepack and x.shape[0] <= self.PACKED_ROWS and not torch.is_grad_enabled() and x.shape[0] > 0:
+        if not self._is_small(x):
+            return F.linear(x, self.weight, self.bias)
+        if cpu_linear.available():
             if self._packed is None:
-                self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, 32)
-            return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
-        return F.linear(x, self.weight, self.bias)
+                self._packed = cpu_linear.PackedLinear(self.weight, self.bias)
+            return self._packed(x)
+        if self._packed is None:
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, 32)
+        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+
+    def swiglu(self, x: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
+        """``silu(gate) * up`` of a layer whose rows are [gate; up]: [T, in] -> [T, out / 2]."""
+        if backend is None and self._is_small(x) and cpu_linear.available():
+            if self._gated is None:
+                self._gated = cpu_linear.PackedLinear(self.weight, self.bias, gated=True)
+            return self._gated(x)
+        return swiglu(self(x), backend=backend)
 
 
 def can_prepack(weight: torch.Tensor) -> bool:
-    """Whether oneDNN's packed bf16 product exists on this machine for this weight."""
+    """Whether a packed bf16 product exists on this machine for this weight."""
     return (
         weight.device.type == "cpu"
         and weight.dtype == torch.bfloat16

@@ -25,6 +25,7 @@ from ..kernels.rmsnorm import rmsnorm
 from ..kernels.rope import rope
 from .batch import Batch
 from .config import ModelConfig
+from .host_memory import keep_freed_memory
 from .layout import (
     EMBEDDING,
     FINAL_NORM,
@@ -95,6 +96,8 @@ class Model:
         """Takes tensors by checkpoint name (`layout.expected_tensors`). ``inference`` allows packed weight copies."""
         self.config, self.dtype, self.device, self.backend = config, dtype, torch.device(device), backend
         self._inference = inference
+        if self.device.type == "cpu":
+            keep_freed_memory()
 
         def take(name: str) -> torch.Tensor:
             return tensors[name].to(device=self.device, dtype=dtype)
@@ -267,8 +270,11 @@ class Model:
         h = self._attention(layer, linear(h, layer.qkv, "qkv"), batch, cache)
         h = linear(h, layer.o, "o")
         h, residual = self._norm(h, layer.mlp_norm, residual)
-        h = linear(h, layer.up, self._up_name)
-        return linear(self._activation(h), layer.down, "down"), residual
+        if adapters is None and self.config.mlp == "swiglu":
+            h = layer.up.swiglu(h, backend=self.backend)
+        else:
+            h = self._activation(linear(h, layer.up, self._up_name))
+        return linear(h, layer.down, "down"), residual
 
     def _norm(self, x: torch.Tensor, norm: Norm, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """(norm(x + residual), x + residual); a first block has no residual yet, and x becomes it."""

@@ -21,10 +21,11 @@ from specialize.errors import InputError
 HF_TO_GGUF = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
     "transformer.wte": "token_embd", "transformer.wpe": "position_embd", "transformer.norm_f": "output_norm",
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "norm_1": "attn_norm", "norm_2": "ffn_norm", "q_proj": "attn_q",
-    "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output", "gate_proj": "ffn_gate", "up_proj": "ffn_up",
-    "down_proj": "ffn_down", "Wqkv": "attn_qkv", "out_proj": "attn_output", "q_norm": "attn_q_norm",
-    "k_norm": "attn_k_norm", "q_ln": "attn_q_norm", "k_ln": "attn_k_norm",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "norm_1": "attn_norm",
+    "norm_2": "ffn_norm", "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
+    "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down", "Wqkv": "attn_qkv",
+    "out_proj": "attn_output", "q_norm": "attn_q_norm", "k_norm": "attn_k_norm", "q_ln": "attn_q_norm",
+    "k_ln": "attn_k_norm",
 }  # fmt: skip
 
 
