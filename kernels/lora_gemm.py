@@ -3,9 +3,10 @@
     gemm_add    y [T, N] = x [T, K] · W + h [T, R] · B (+ bias)     the update is one more step of the GEMM's K loop
     shrink      h [T, R] = s · x [T, K] · A                          one pass over x
     gradient    d [K, R] = xᵀ [K, T] · h [T, R]                      one pass over x, tokens split and then summed
+    both        of them from one pass over x, where both are wanted
 
-Tiles come through tensor descriptors: TMA on Hopper and later, plain loads on Ampere and in the interpreter. They ask
-for rows that start on 16 bytes; ``fits`` says whether a tensor's do.
+The GEMM's tiles come through tensor descriptors: TMA on Hopper and later, plain loads on Ampere and in the interpreter.
+They ask for rows that start on 16 bytes; ``fits`` says whether a tensor's do. The others, memory-bound, load plainly.
 """
 
 from __future__ import annotations
@@ -85,62 +86,89 @@ def _gemm_add_kernel(
 
 @triton.jit
 def _shrink_kernel(
-    x_desc,
+    x_ptr,
     a_ptr,
     h_ptr,
     T,
     K,
-    stride_ar: tl.constexpr,
-    stride_ak: tl.constexpr,
+    stride_x,
+    stride_ar,
+    stride_ak,
     scaling,
     R: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    m = tl.program_id(0) * BM
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     rank = tl.arange(0, R)
+    within = tl.arange(0, BK)
+    inside = (row < T)[:, None]
+    x_at = x_ptr + row[:, None] * stride_x + within[None, :]
+    a_at = a_ptr + within[:, None] * stride_ak + rank[None, :] * stride_ar
     acc = tl.zeros((BM, R), dtype=tl.float32)
     for k in tl.range(0, K, BK):
-        x = x_desc.load([m, k])
-        channel = k + tl.arange(0, BK)
-        a = tl.load(
-            a_ptr + channel[:, None] * stride_ak + rank[None, :] * stride_ar, mask=(channel < K)[:, None], other=0.0
-        )
+        ok = k + within < K
+        x = tl.load(x_at + k, mask=inside & ok[None, :], other=0.0)
+        a = tl.load(a_at + k * stride_ak, mask=ok[:, None], other=0.0)
         acc = tl.dot(x, a, acc, input_precision=PRECISION)
-    row = m.to(tl.int64) + tl.arange(0, BM)
-    tl.store(
-        h_ptr + row[:, None] * R + rank[None, :], (acc * scaling).to(h_ptr.dtype.element_ty), mask=(row < T)[:, None]
-    )
+    tl.store(h_ptr + row[:, None] * R + rank[None, :], (acc * scaling).to(h_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _gradient_kernel(
-    x_desc,
-    h_desc,
+    x_ptr,
+    h_ptr,
     d_ptr,
+    a_ptr,
+    g_ptr,
     T,
     K,
+    stride_x,
     tokens_per_split,
     stride_dk,
     stride_dr,
+    stride_ar,
+    stride_ak,
+    SHRINK: tl.constexpr,
     R: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    k = tl.program_id(0) * BK
+    """d [split, K, R] = xᵀ h over the split's tokens; with SHRINK, from the same tiles, g [K's block, T, R] = x aᵀ."""
+    channel = tl.program_id(0).to(tl.int64) * BK + tl.arange(0, BK)
     split = tl.program_id(1)
-    start = split * tokens_per_split
-    acc = tl.zeros((BK, R), dtype=tl.float32)
-    for t in tl.range(start, min(start + tokens_per_split, T), BT):
-        x = x_desc.load([t, k])
-        h = h_desc.load([t, 0])
-        acc = tl.dot(x.T, h, acc, input_precision=PRECISION)
-    channel = k + tl.arange(0, BK).to(tl.int64)
+    ok = channel < K
     rank = tl.arange(0, R)
+    within = tl.arange(0, BT)
+    if SHRINK:
+        a_at = a_ptr + channel[:, None] * stride_ak + rank[None, :] * stride_ar
+        a = tl.load(a_at, mask=ok[:, None], other=0.0)
+        g_block = g_ptr + tl.program_id(0).to(tl.int64) * T * R
+    acc = tl.zeros((BK, R), dtype=tl.float32)
+    start = split * tokens_per_split
+    for t in tl.range(start, min(start + tokens_per_split, T), BT):
+        row = (t + within).to(tl.int64)
+        there = (t + within < T)[:, None]
+        x = tl.load(x_ptr + row[:, None] * stride_x + channel[None, :], mask=there & ok[None, :], other=0.0)
+        h = tl.load(h_ptr + row[:, None] * R + rank[None, :], mask=there, other=0.0)
+        acc = tl.dot(x.T, h, acc, input_precision=PRECISION)
+        if SHRINK:
+            g = tl.dot(x, a, input_precision=PRECISION)
+            tl.store(g_block + row[:, None] * R + rank[None, :], g, mask=there)
     target = d_ptr + split.to(tl.int64) * K * R + channel[:, None] * stride_dk + rank[None, :] * stride_dr
-    tl.store(target, acc, mask=(channel < K)[:, None])
+    tl.store(target, acc, mask=ok[:, None])
+
+
+@triton.jit
+def _sum_kernel(parts_ptr, out_ptr, size, scaling, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """out [size] = scaling · Σ parts [COUNT, size], in a fixed order."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), dtype=tl.float32)
+    for part in tl.static_range(COUNT):
+        acc += tl.load(parts_ptr + part * tl.cast(size, tl.int64) + at, mask=at < size, other=0.0)
+    tl.store(out_ptr + at, (acc * scaling).to(out_ptr.dtype.element_ty), mask=at < size)
 
 
 def gemm_default(target: int) -> dict[str, Any]:
@@ -237,19 +265,19 @@ def shrink(
     num_tokens, num_k = x.shape
     rank = a.shape[0]
     h = torch.empty(num_tokens, rank, dtype=x.dtype, device=x.device)
-    bm, bk = config["BM"], config["BK"]
-    _shrink_kernel[(triton.cdiv(num_tokens, bm),)](
-        _describe(x, bm, bk),
+    _shrink_kernel[(triton.cdiv(num_tokens, config["BM"]),)](
+        x,
         a,
         h,
         num_tokens,
         num_k,
+        x.stride(0),
         a.stride(0),
         a.stride(1),
         scaling,
         R=rank,
-        BM=bm,
-        BK=bk,
+        BM=config["BM"],
+        BK=max(16, min(config["BK"], 8192 // rank)),
         PRECISION=_precision(x),
         num_warps=config["warps"],
         num_stages=config["stages"],
@@ -257,27 +285,75 @@ def shrink(
     return h
 
 
+def _sum(parts: torch.Tensor, scaling: float, dtype: torch.dtype) -> torch.Tensor:
+    out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
+    size = out.numel()
+    _sum_kernel[(triton.cdiv(size, 1024),)](parts, out, size, scaling, COUNT=parts.shape[0], BLOCK=1024, num_warps=4)
+    return out
+
+
 def gradient(
-    x: torch.Tensor, h: torch.Tensor, *, transposed: bool, config: Mapping[str, Any] = GRADIENT_DEFAULT
+    x: torch.Tensor,
+    h: torch.Tensor,
+    *,
+    transposed: bool,
+    dtype: torch.dtype = torch.float32,
+    config: Mapping[str, Any] = GRADIENT_DEFAULT,
 ) -> torch.Tensor:
-    """xᵀ h for x [T, K], h [T, R] → f32 [K, R], or with ``transposed`` [R, K]. Splits are summed in a fixed order."""
+    """xᵀ h for x [T, K], h [T, R] → [K, R], or with ``transposed`` [R, K]. Splits are summed in a fixed order."""
+    return _gradient(x, h, None, 0.0, transposed, dtype, config)[0]
+
+
+def gradient_and_shrink(
+    x: torch.Tensor,
+    h: torch.Tensor,
+    a: torch.Tensor,
+    scaling: float,
+    *,
+    dtype: torch.dtype = torch.float32,
+    config: Mapping[str, Any] = GRADIENT_DEFAULT,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One pass over x [T, K] for two results: xᵀ h [K, R] and scaling · x · aᵀ [T, R] in x's dtype."""
+    d, g = _gradient(x, h, a, scaling, False, dtype, config)
+    assert g is not None
+    return d, g
+
+
+def _gradient(
+    x: torch.Tensor,
+    h: torch.Tensor,
+    a: torch.Tensor | None,
+    scaling: float,
+    transposed: bool,
+    dtype: torch.dtype,
+    config: Mapping[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     num_tokens, num_k = x.shape
     rank = h.shape[1]
-    bt, bk = config["BT"], config["BK"]
+    bt = config["BT"]
+    bk = max(16, min(config["BK"], 8192 // rank))
+    blocks = triton.cdiv(num_k, bk)
     splits = max(1, min(config["SPLITS"], num_tokens // bt))
     per_split = triton.cdiv(triton.cdiv(num_tokens, splits), bt) * bt
     splits = triton.cdiv(num_tokens, per_split)
     shape = (splits, rank, num_k) if transposed else (splits, num_k, rank)
     parts = torch.empty(shape, dtype=torch.float32, device=x.device)
-    _gradient_kernel[(triton.cdiv(num_k, bk), splits)](
-        _describe(x, bt, bk),
-        _describe(h, bt, rank),
+    g_parts = None if a is None else torch.empty(blocks, num_tokens, rank, dtype=torch.float32, device=x.device)
+    _gradient_kernel[(blocks, splits)](
+        x,
+        h,
         parts,
+        a,
+        g_parts,
         num_tokens,
         num_k,
+        x.stride(0),
         per_split,
         1 if transposed else rank,
         num_k if transposed else 1,
+        0 if a is None else a.stride(0),
+        0 if a is None else a.stride(1),
+        SHRINK=a is not None,
         R=rank,
         BT=bt,
         BK=bk,
@@ -285,7 +361,7 @@ def gradient(
         num_warps=config["warps"],
         num_stages=config["stages"],
     )
-    return parts[0] if splits == 1 else parts.sum(0)
+    return _sum(parts, 1.0, dtype), None if g_parts is None else _sum(g_parts, scaling, x.dtype)
 
 
 def _descriptor(rows: int, columns: int) -> str:
@@ -335,40 +411,48 @@ def compile_cases(target: int) -> list[CompileCase]:
                 f"shrink R={rank}",
                 _shrink_kernel,
                 {
-                    "x_desc": _descriptor(config["BM"], config["BK"]),
-                    "a_ptr": "*bf16",
-                    "h_ptr": "*bf16",
-                    "T": "i32",
-                    "K": "i32",
+                    **dict.fromkeys(("x_ptr", "a_ptr", "h_ptr"), "*bf16"),
+                    **dict.fromkeys(("T", "K", "stride_x", "stride_ar"), "i32"),
                     "scaling": "fp32",
                 },
                 {
-                    "stride_ar": 4096,
                     "stride_ak": 1,
                     "R": rank,
                     "PRECISION": "tf32",
-                    **{k: config[k] for k in ("BM", "BK")},
+                    "BM": config["BM"],
+                    "BK": min(config["BK"], 8192 // rank),
                 },
                 num_warps=config["warps"],
                 num_stages=config["stages"],
                 gemm=True,
+                attrs=dict.fromkeys(("T", "K", "stride_x", "stride_ar"), 16),
             )
         )
         config = GRADIENT_DEFAULT
-        cases.append(
-            CompileCase(
-                f"gradient R={rank}",
-                _gradient_kernel,
-                {
-                    "x_desc": _descriptor(config["BT"], config["BK"]),
-                    "h_desc": _descriptor(config["BT"], rank),
-                    "d_ptr": "*fp32",
-                    **dict.fromkeys(("T", "K", "tokens_per_split", "stride_dk", "stride_dr"), "i32"),
-                },
-                {"R": rank, "PRECISION": "tf32", **{k: config[k] for k in ("BT", "BK")}},
-                num_warps=config["warps"],
-                num_stages=config["stages"],
-                gemm=True,
+        for both in (False, True):
+            integers = ("T", "K", "stride_x", "tokens_per_split", "stride_dk", "stride_ak")
+            cases.append(
+                CompileCase(
+                    f"gradient{' and shrink' if both else ''} R={rank}",
+                    _gradient_kernel,
+                    {
+                        **dict.fromkeys(("x_ptr", "h_ptr", "a_ptr"), "*bf16"),
+                        **dict.fromkeys(("d_ptr", "g_ptr"), "*fp32"),
+                        **dict.fromkeys(integers, "i32"),
+                    },
+                    {
+                        "stride_dr": 1,
+                        "stride_ar": 1,
+                        "SHRINK": both,
+                        "R": rank,
+                        "PRECISION": "tf32",
+                        "BT": config["BT"],
+                        "BK": min(config["BK"], 8192 // rank),
+                    },
+                    num_warps=config["warps"],
+                    num_stages=config["stages"],
+                    gemm=True,
+                    attrs=dict.fromkeys(integers, 16),
+                )
             )
-        )
     return cases

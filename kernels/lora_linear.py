@@ -25,6 +25,7 @@ from .lora_gemm import (
     gemm_add,
     gemm_default,
     gradient,
+    gradient_and_shrink,
     shrink,
 )
 from .lora_grouped import lora_grouped_add_ as lora_grouped_add_
@@ -111,23 +112,18 @@ class _LoraLinearTriton(torch.autograd.Function):
         dx = da = db = None
         if not fits(dy):
             dy = dy.contiguous()
-        g = shrink(dy, b_.t(), ctx.scaling, config=tuned_config(OP, "shrink", SHRINK_DEFAULT))
+        config = tuned_config(OP, "gradient", GRADIENT_DEFAULT)
+        if need_b:
+            db, g = gradient_and_shrink(dy, h, b_.t(), ctx.scaling, dtype=ctx.dtypes[1], config=config)
+            db = db[:, : ctx.rank]
+        else:
+            g = shrink(dy, b_.t(), ctx.scaling, config=tuned_config(OP, "shrink", SHRINK_DEFAULT))
+        if need_a:
+            da = gradient(x, g, transposed=True, dtype=ctx.dtypes[0], config=config)[: ctx.rank]
         if need_x:
             dense = weight if weight is not None else dequantize(ctx.weight, x.dtype, backend="triton")
-            dx = gemm_add(
-                dy,
-                dense,
-                g,
-                a_,
-                None,
-                rows_are_k=True,
-                config=tuned_config(OP, "backward", gemm_default(capability(x))),
-            )
-        config = tuned_config(OP, "gradient", GRADIENT_DEFAULT)
-        if need_a:
-            da = gradient(x, g, transposed=True, config=config)[: ctx.rank].to(ctx.dtypes[0])
-        if need_b:
-            db = gradient(dy, h, transposed=False, config=config)[:, : ctx.rank].to(ctx.dtypes[1])
+            config = tuned_config(OP, "backward", gemm_default(capability(x)))
+            dx = gemm_add(dy, dense, g, a_, None, rows_are_k=True, config=config)
         return dx, None, None, da, db, None
 
 
