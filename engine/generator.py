@@ -497,7 +497,7 @@ class _Outputs:
             if watcher.finish():
                 reason = "stop"
             text = watcher.text
-            if self._streaming and (piece := watcher.take(final=True)):
+            if self._streaming and (piece := watcher.take()):
                 events.append(piece)
         else:
             text = self._decode(token_ids)

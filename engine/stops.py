@@ -18,30 +18,32 @@ class StopWatcher:
         self._decoder = decoder
         self._stops = stops
         self._longest = max(map(len, stops), default=0)
-        self._tail = ""  # decoded, not handed out yet
-        self._shown: list[str] = []
+        self._tail = ""  # a stop string may begin in it
+        self._ready: list[str] = []  # certain, not handed out yet
+        self._given: list[str] = []
         self.stopped = False
 
     @property
     def text(self) -> str:
         """All text before the stop string."""
-        return "".join(self._shown) + self._tail
+        return "".join([*self._given, *self._ready, self._tail])
 
     def push(self, token_id: int) -> bool:
         """Takes the next token; True when a stop string is complete."""
         return self._append(self._decoder.push(token_id))
 
     def finish(self) -> bool:
-        """No more tokens; True when their rest completes a stop string."""
-        return not self.stopped and self._append(self._decoder.finish())
+        """No more tokens; True when their rest completes a stop string. After it, all text is certain."""
+        found = not self.stopped and self._append(self._decoder.finish())
+        self._ready.append(self._tail)
+        self._tail = ""
+        return found
 
-    def take(self, final: bool = False) -> str:
+    def take(self) -> str:
         """Text that no stop string can claim any more, each piece once."""
-        held = 0 if final or self.stopped else self._held_back()
-        cut = len(self._tail) - held
-        piece, self._tail = self._tail[:cut], self._tail[cut:]
-        if piece:
-            self._shown.append(piece)
+        piece = "".join(self._ready)
+        self._given += self._ready
+        self._ready.clear()
         return piece
 
     def _append(self, piece: str) -> bool:
@@ -52,9 +54,11 @@ class StopWatcher:
         if places:
             self._tail = self._tail[: min(places)]
             self.stopped = True
-        else:
-            self.take()
-        return self.stopped
+            return True
+        certain = len(self._tail) - self._held_back()
+        self._ready.append(self._tail[:certain])
+        self._tail = self._tail[certain:]
+        return False
 
     def _held_back(self) -> int:
         """Length of the longest end of the tail that begins a stop string."""
