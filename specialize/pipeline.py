@@ -426,7 +426,14 @@ class Run:
             with self.reporter.bar(
                 "instructions" if wave == 0 else f"instructions (wave {wave + 1})", len(todo)
             ) as bar:
-                run_jobs(self.generator, todo, ledger, origin=self._origin(None), on_reply=lambda _: bar.advance())
+                # Instructions are the base's own; the seeds-tuned model writes what belongs to the seeds' kinds.
+                for purpose, writer in (("instruction", None), ("input", self._teacher_of(1))):
+                    mine = [job for job in todo if job.purpose == purpose]
+                    if mine:
+                        mine = [replace(job, adapter=self._adapter_name(writer)) for job in mine]
+                        run_jobs(
+                            self.generator, mine, ledger, origin=self._origin(writer), on_reply=lambda _: bar.advance()
+                        )
         for source, mine in jobs.items():
             if not mine:
                 continue
@@ -740,7 +747,7 @@ def _builds_on(name: str, other: str) -> bool:
     if stage in ("index", "teacher", "control"):  # the control's number of tokens is looked at when it is made
         return False
     if stage == "instructions":
-        return before == "index"
+        return before in ("index", "teacher")
     order = ("responses", "filter", "tune")
     if before in order:
         return its_round < round or order.index(before) < order.index(stage)

@@ -53,9 +53,15 @@ def instruction_prompt(shots: Sequence[tuple[str, str]], text: str) -> str:
     return render("instruction" if text else "instruction_and_input", shots=shots, text=text).rstrip()
 
 
-def input_prompt(instruction: str, shots: Sequence[tuple[str, str]], material: str, wanted: str) -> str:
-    """Ask for the part of an input that no text yields by cutting; ``shots`` are (material, what was written)."""
-    return render("input", instruction=instruction, shots=shots, material=material, wanted=wanted).rstrip()
+def input_prompt(instruction: str, shots: Sequence[tuple[str, str]], material: str, wanted: str, name: str) -> str:
+    """Ask for the part of an input that no text yields by cutting: what is ``wanted`` for the material called ``name``,
+    or (nothing named) a whole input for the task. ``shots`` are (material, what was written). The format is that of
+    tuning, since the seeds-tuned model is the one that is asked."""
+    if wanted:
+        ask = f"Write the {wanted} that belongs to the {name}."
+    else:
+        ask = f"Write an input for the following task that draws on the text. Task: {instruction}"
+    return example_prompt(ask, material, [(ask, text, written) for text, written in shots])
 
 
 def parse_instruction(raw: str) -> tuple[str, str] | None:

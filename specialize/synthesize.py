@@ -343,20 +343,20 @@ class Synthesizer:
         chooser = self._group_generator("input", source, number)
         seeds = chooser.sample(list(kind.seeds), min(settings.demonstrations, len(kind.seeds)))
         others = [name for name in kind.fields if name != kind.material]
-        wanted = others[0].lower() if len(others) == 1 else ("lines" if others else "")
+        wanted = others[0].lower() if len(others) == 1 else f"lines {', '.join(others)}" if others else ""
         shots = [(cut(self._seed_material(kind, seed), 120), self._written_part(kind, seed.input)) for seed in seeds]
         identity = self.item_id(1, source, number)
         return Job(
             item_id=identity,
             purpose="input",
-            prompt=input_prompt(self._wording(kind, source, number), shots, material.text, wanted),
+            prompt=input_prompt(kind.instruction, shots, material.text, wanted, kind.material.lower()),
             params=self._params(
                 f"{identity}/input",
                 temperature=min(settings.temperature, 0.7),
                 top_p=0.95,
                 max_tokens=min(settings.max_tokens, 96),
                 n=1,
-                stop=("\n\n", "\nText:") if len(others) != 1 else ("\n",),
+                stop=STOP if len(others) != 1 else ("\n",),
             ),
             provenance={
                 "seeds": [seed.id for seed in seeds],
@@ -424,7 +424,7 @@ class Synthesizer:
         return instruction, text, verdict
 
     def _judge_input(self, kind: Kind, reply: Reply) -> tuple[str, Verdict]:
-        written = reply.raw.strip()
+        written = clean_reply(reply.raw)
         if kind.unit == "written":
             text = written
         else:

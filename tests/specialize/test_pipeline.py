@@ -169,7 +169,7 @@ def test_changed_settings_say_what_they_redo(finished, tiny, tmp_path):
     message = str(caught.value)
     assert "filter.min_words: 1 → 2" in message
     assert "tune.rank: 8 → 4" in message
-    assert "teacher, responses, filter, tune, control" in message
+    assert "teacher, instructions, responses, filter, tune, control" in message
     assert "--redo" in message
     with pytest.raises(InputError, match=r"this redoes filter, tune\. Add"):
         open_run(tiny, folder, "filter.min_words=2").execute()

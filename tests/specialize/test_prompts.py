@@ -33,8 +33,11 @@ def test_what_a_group_shares_comes_first():
 def test_other_templates_render():
     assert instruction_prompt([("Do.", "x")], "some text").endswith("Text: some text\nTask 2:")
     assert instruction_prompt([("Do.", "x")], "").endswith("Task 2\nInstruction:")
-    assert input_prompt("Do.", [("m", "w")], "material", "question").endswith("Text: material\nquestion:")
-    assert input_prompt("Do.", [("m", "w")], "material", "").endswith("Text: material\nInput:")
+    ask = "Write the question that belongs to the abstract."
+    assert input_prompt("Do.", [("m", "w")], "text", "question", "abstract") == example_prompt(
+        ask, "text", [(ask, "m", "w")]
+    )
+    assert "Task: Do." in input_prompt("Do.", [], "text", "", "")
 
 
 def test_a_missing_value_is_an_error():

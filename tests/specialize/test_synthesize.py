@@ -91,7 +91,7 @@ def test_direct_and_written_inputs():
     assert not jobs
     items, jobs = one.draft_jobs(0, "k01", range(5))
     assert not items
-    assert len({j.prompt.split("Text:")[1] for j in jobs}) == 1  # a group shares its demonstrations
+    assert len({j.prompt[: j.prompt.rindex("### Input:")] for j in jobs}) == 1  # a group shares its demonstrations
     assert one.draft_jobs(0, "k01", range(5))[1] == jobs
     raws = [" Was it flu?", " no question", "", " Was it flu?" * 9, " Is it mild?"]
     ends = ["stop", "stop", "stop", "length", "stop"]
