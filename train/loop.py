@@ -40,6 +40,7 @@ from .schedule import SCHEDULES, learning_rate_factor
 CHECKPOINT_FILE = "checkpoint.safetensors"
 METRICS_FILE = "metrics.jsonl"
 RESULT_FILE = "train.json"
+_WITHOUT_EFFECT = ("checkpoint_interval", "checkpoint_seconds")  # on what comes out: a run may go on with others
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class TrainConfig:
 
     ``alpha`` None means twice the rank, ``max_length`` None the model's context or ``max_batch_tokens``, whichever is
     smaller. ``normalise`` says whether each response token or each row has the same say in a step. ``val_interval`` and
-    ``checkpoint_interval`` count optimizer steps; 0 means only at the end of each epoch.
+    ``checkpoint_interval`` count optimizer steps; 0 means only at the end of each epoch. A checkpoint is also written
+    when the last one is ``checkpoint_seconds`` old.
     """
 
     rank: int = 16
@@ -75,6 +77,7 @@ class TrainConfig:
     val_fraction: float = 0.0
     val_interval: int = 0
     checkpoint_interval: int = 0
+    checkpoint_seconds: float = 60.0
     checkpoint_layers: bool = False
     seed: int = 0
 
@@ -220,6 +223,7 @@ class Trainer:
         # device.
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16, init_scale=2.0**14)
         self.state = TrainState()
+        self._saved_at = 0.0
         self.fingerprint = self._fingerprint()
 
     def run(self, *, resume: bool = True) -> TrainResult:
@@ -236,13 +240,14 @@ class Trainer:
         if self.val_examples and not self.state.val_losses:
             self._validate()
         pending: _Pending | None = None
-        started = time.perf_counter()
+        started = self._saved_at = time.perf_counter()
         while self.state.step < self.num_steps:
             ahead = self.train_step()
             if pending is not None:
                 started = self._report(pending, started)
             pending = ahead
-            checkpoint_due = self._due(self.config.checkpoint_interval)
+            late = time.perf_counter() - self._saved_at > self.config.checkpoint_seconds
+            checkpoint_due = self._due(self.config.checkpoint_interval) or late
             val_due = bool(self.val_examples) and self._due(self.config.val_interval)
             if checkpoint_due or val_due:
                 val_loss = None
@@ -375,10 +380,10 @@ class Trainer:
         return now
 
     def _fingerprint(self) -> str:
-        settings = json.dumps(asdict(self.config), sort_keys=True, default=str)
+        settings = {k: v for k, v in asdict(self.config).items() if k not in _WITHOUT_EFFECT}
         rows = fingerprint_examples(self.examples) + fingerprint_examples(self.val_examples)
         shape = f"{self.lora.flat.numel()} {self.lora.dtype} {self.model.config}"
-        return hashlib.sha256(f"{settings}|{rows}|{shape}".encode()).hexdigest()[:16]
+        return hashlib.sha256(f"{json.dumps(settings, sort_keys=True)}|{rows}|{shape}".encode()).hexdigest()[:16]
 
     def _save(self) -> None:
         tensors = {"parameter": self.parameter.data}
@@ -386,6 +391,7 @@ class Trainer:
             tensors[f"optimizer.{name}"] = value
         state = {"fingerprint": self.fingerprint, "scaler": self.scaler.state_dict(), **asdict(self.state)}
         save_checkpoint(self.out / CHECKPOINT_FILE, tensors, state)
+        self._saved_at = time.perf_counter()
 
     def _restore(self) -> None:
         path = self.out / CHECKPOINT_FILE

@@ -206,3 +206,41 @@ def test_half_precision_scales_its_loss(tmp_path):
     result = tune(model, rows(4), TrainConfig(**{**QUICK, "epochs": 20}), tmp_path / "out")
     assert result.losses[-1] < result.losses[0] / 2
     assert max(result.grad_norms) < 100
+
+
+KILLED_RUN = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from models import rows
+from specialize.engine.model import Model
+from specialize.train.loop import TrainConfig, tune
+model = Model.from_pretrained(sys.argv[2])
+config = TrainConfig(rank=4, batch_size=4, epochs=100, checkpoint_interval=3, dropout=0.1, max_batch_tokens=64)
+print("ready", flush=True)
+tune(model, rows(12), config, Path(sys.argv[3]))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_ends_with_the_same_adapter(tmp_path):
+    import random
+    import subprocess
+    import sys
+    import time
+    from pathlib import Path
+
+    tiny_pair("Llama", tmp_path / "base")
+    command = [sys.executable, "-c", KILLED_RUN, str(Path(__file__).parent), str(tmp_path / "base")]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    moments, kills = random.Random(0), 0
+    for _ in range(40):
+        process = subprocess.Popen([*command, str(tmp_path / "cut")], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        time.sleep(moments.uniform(0.0, 1.0))
+        if process.poll() is None and kills < 20:
+            process.kill()
+            kills += 1
+        if process.wait() == 0:
+            break
+    assert kills and adapter_bytes(tmp_path / "cut") == adapter_bytes(tmp_path / "whole")
