@@ -1,0 +1,167 @@
+"""The C++ twins of paged attention and cache writes against the references, and how twins are built."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+import pytest
+import torch
+from specialize.kernels import cpu, cpu_attention
+from specialize.kernels.attention_decode import attention_paged, attention_paged_reference
+from specialize.kernels.kv_write import kv_write, kv_write_reference
+
+needs_compiler = pytest.mark.skipif(cpu.find_compiler() is None, reason="no C++ compiler")
+HEADS = [(9, 3, 64), (4, 4, 128), (3, 1, 20), (5, 5, 8), (8, 1, 80), (7, 7, 32)]
+
+
+def make_case(heads, dtype, page_size, query_lens, context_lens, alibi=False, seed=0):
+    """Pages in random order, NaN wherever nothing was written."""
+    torch.manual_seed(seed)
+    num_heads, num_kv_heads, dim = heads
+    width = -(-max(context_lens) // page_size) + 1
+    table = torch.randperm(len(context_lens) * width + 2)[: len(context_lens) * width].view(-1, width).int()
+    shape = (len(context_lens) * width + 2, page_size, num_kv_heads, dim)
+    caches = [torch.full(shape, float("nan"), dtype=dtype) for _ in range(2)]
+    for pages, length in zip(table.long(), context_lens, strict=True):
+        for cache in caches:
+            tokens = torch.full((width * page_size, num_kv_heads, dim), float("nan"), dtype=dtype)
+            tokens[:length] = torch.randn(length, num_kv_heads, dim).to(dtype)
+            cache[pages] = tokens.view(width, page_size, num_kv_heads, dim)
+    total = sum(query_lens)
+    q = torch.randn(total, num_heads + 2 * num_kv_heads, dim).to(dtype)[:, :num_heads]
+    starts = torch.tensor([0, *torch.tensor(query_lens).cumsum(0).tolist()], dtype=torch.int32)
+    positional = (q, *caches, table, torch.tensor(context_lens, dtype=torch.int32), starts)
+    named = {
+        "max_query_len": max(query_lens), "max_context_len": max(context_lens), "softmax_scale": dim**-0.5,
+        "num_decodes": next((i for i, n in enumerate(query_lens) if n != 1), len(query_lens)),
+        "alibi_slopes": torch.rand(num_heads) if alibi else None,
+    }  # fmt: skip
+    return positional, named
+
+
+def worst_row(out: torch.Tensor, truth: torch.Tensor) -> float:
+    out, truth = out.double().flatten(1), truth.flatten(1)
+    return float(((out - truth).norm(dim=1) / truth.norm(dim=1)).max())
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize(
+    ("page_size", "alibi", "window"), [(1, False, 7), (5, True, None), (16, False, None), (64, True, 70)]
+)
+def test_paged_attention(dtype, heads, page_size, alibi, window):
+    query_lens, context_lens = [1, 1, 1, 1, 5, 37, 70], [1, 64, 65, 200, 5, 100, 133]
+    positional, named = make_case(heads, dtype, page_size, query_lens, context_lens, alibi)
+    named["window"] = window
+    q, k, v, *rest = positional
+    truth = attention_paged_reference(q.double(), k.double(), v.double(), *rest, **named)
+    limit = 2 * worst_row(attention_paged_reference(*positional, **named), truth) + torch.finfo(dtype).eps
+    assert worst_row(attention_paged(*positional, **named, backend="cpp"), truth) <= limit
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_is_the_same_bits_alone_and_in_a_batch(dtype):
+    query_lens, context_lens = [1] * 9 + [1, 30, 70], [3, 65, 7, 130, 200, 64, 9, 1, 80, 17, 90, 133]
+    (q, k, v, table, contexts, starts), named = make_case((9, 3, 64), dtype, 16, query_lens, context_lens)
+    together = attention_paged(q, k, v, table, contexts, starts, **named, backend="cpp")
+    for b in range(len(query_lens)):
+        rows = slice(int(starts[b]), int(starts[b + 1]))
+        one = torch.tensor([0, query_lens[b]], dtype=torch.int32)
+        alone = attention_paged(q[rows], k, v, table[b : b + 1], contexts[b : b + 1], one, **named, backend="cpp")
+        assert torch.equal(alone, together[rows])
+
+
+@needs_compiler
+def test_threads_do_not_change_a_bit():
+    positional, named = make_case((9, 3, 64), torch.bfloat16, 16, [1] * 12 + [50, 70], [90] * 12 + [100, 70])
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(attention_paged(*positional, **named, backend="cpp"))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@needs_compiler
+def test_lengths_that_make_no_sense_are_refused():
+    (q, k, v, table, contexts, starts), named = make_case((4, 2, 16), torch.float32, 4, [1, 3], [9, 11])
+    for wrong in (torch.tensor([9, 2]), torch.tensor([9, 1000])):
+        with pytest.raises(ValueError, match="context_lens"):
+            attention_paged(q, k, v, table, wrong.int(), starts, **named, backend="cpp")
+    with pytest.raises(ValueError, match="cpp"):
+        attention_paged(q.double(), k, v, table, contexts, starts, **named, backend="cpp")
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"clip": 0.5}, {"rope": True}, {"rope": True, "clip": 0.7}])
+def test_cache_writes(dtype, options):
+    torch.manual_seed(0)
+    k = torch.randn(70, 5, 24).to(dtype)[:, 1:3]
+    v = torch.randn(70, 2, 24).to(dtype)
+    slots = torch.randperm(160)[:70]
+    slots[3] = -1
+    named = {"clip": options.get("clip")}
+    if options.get("rope"):
+        angles = torch.rand(100, 12) * 6
+        named |= {"cos": angles.cos(), "sin": angles.sin(), "positions": torch.randint(0, 100, (70,))}
+    caches = [torch.zeros(10, 16, 2, 24, dtype=dtype) for _ in range(4)]
+    kv_write(k, v, caches[0], caches[1], slots, **named, backend="cpp")
+    kv_write_reference(k, v, caches[2], caches[3], slots, **named)
+    assert torch.equal(caches[1], caches[3])
+    if options.get("rope"):
+        assert (caches[0].float() - caches[2].float()).abs().max() <= 8 * torch.finfo(dtype).eps
+    else:
+        assert torch.equal(caches[0], caches[2])
+
+
+def test_what_the_twin_cannot_take_goes_to_torch():
+    x, cache = torch.zeros(1, 1, 8), torch.zeros(1, 1, 1, 8)
+    assert cpu_attention.default_backend(x.double(), cache.double()) == "torch"
+    assert cpu_attention.default_backend(x, cache.to(torch.int8)) == "torch"
+    assert cpu_attention.default_backend(x, cache, torch.ones(1)) == "torch"
+
+
+def test_without_a_compiler_torch_is_the_default_and_cpp_says_why(monkeypatch):
+    monkeypatch.setattr(cpu, "find_compiler", lambda: None)
+    for cached in (cpu.default_backend, cpu.load, cpu._library_path):
+        cached.cache_clear()
+    try:
+        assert cpu.default_backend("attention") == "torch"
+        with pytest.raises(ValueError, match=r"no C\+\+ compiler"):
+            cpu.load("attention")
+    finally:
+        for cached in (cpu.default_backend, cpu.load, cpu._library_path):
+            cached.cache_clear()
+
+
+@needs_compiler
+def test_a_failing_build_warns_once_and_leaves_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr(cpu.platformdirs, "user_cache_path", lambda name: tmp_path)
+    monkeypatch.setattr(cpu, "FLAGS", (*cpu.FLAGS, "-DBREAK", "-include", "no_such_file.h"))
+    for cached in (cpu.default_backend, cpu.load, cpu._library_path):
+        cached.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match=r"cannot build attention\.cpp"):
+            assert cpu.default_backend("attention") == "torch"
+        assert os.listdir(tmp_path / "cpu-kernels") == []
+    finally:
+        for cached in (cpu.default_backend, cpu.load, cpu._library_path):
+            cached.cache_clear()
+
+
+@needs_compiler
+def test_twins_share_torchs_threads():
+    """A second OpenMP runtime would spin on the same cores."""
+    cpu.load("attention")
+    used = subprocess.run(
+        ["grep", "-oE", r"/\S*lib(gomp|iomp5|omp)[^/ ]*\.so\S*", "/proc/self/maps".replace("self", str(os.getpid()))],
+        capture_output=True, text=True, check=False,
+    ).stdout.split()  # fmt: skip
+    assert len(set(used)) <= 1
