@@ -83,7 +83,8 @@ class Filter:
 class Tune:
     """LoRA on base weights. ``epochs`` are passes over seeds and kept rows together; with ``budget: teacher`` there are
     as many passes as spend the teacher's tokens. The control on the seeds alone gets as many tokens as the expert.
-    ``teacher_epochs`` are passes over the seeds for the model that answers."""
+    ``teacher_epochs`` are passes over the seeds for the model that answers. ``normalise``: whether each response token
+    or each row has the same say in a step."""
 
     rank: int = 16
     alpha: float = 32.0
@@ -95,7 +96,8 @@ class Tune:
     budget: str = "epochs"
     epochs: float = 2.0
     teacher_epochs: float = 4.0
-    batch: int = 16
+    batch: int = 4
+    normalise: str = "tokens"
     max_length: int = 1024
     weight_decay: float = 0.0
     include_seeds: bool = True
@@ -153,6 +155,7 @@ _CHOICES = {
     "instructions.material": ("nearest", "random"),
     "responses.passages_for": ("open", "all"),
     "tune.budget": ("epochs", "teacher"),
+    "tune.normalise": ("tokens", "examples"),
     "tune.schedule": ("linear", "cosine", "constant"),
 }
 # Inclusive bounds of numbers; None is open.

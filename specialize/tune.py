@@ -60,6 +60,7 @@ def train_config(settings: Tune, *, epochs: float, seed: int, max_context: int) 
         batch_size=settings.batch,
         max_batch_tokens=max(4096, max_length),
         max_length=max_length,
+        normalise=settings.normalise,
         weight_decay=settings.weight_decay,
         val_fraction=settings.validation,
         seed=seed,
