@@ -112,7 +112,7 @@ class Peer:
     """A subprocess that trains the same rows with another library, step by step as it is told."""
 
     def __init__(self, script: Path, python: str, settings: dict[str, Any]) -> None:
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
         self.process = subprocess.Popen(
             [python, str(script), json.dumps(settings)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env=environment,

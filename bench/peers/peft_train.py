@@ -28,6 +28,7 @@ def answer(**values):
 def main() -> None:
     settings = json.loads(sys.argv[1])
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     torch.set_num_threads(settings["threads"])
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings["dtype"]]
     device = settings["device"]
