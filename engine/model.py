@@ -24,6 +24,7 @@ from ..kernels.layernorm import layernorm
 from ..kernels.rmsnorm import rmsnorm
 from ..kernels.rope import rope
 from .batch import Batch
+from .cache import available_memory_bytes
 from .config import ModelConfig
 from .host_memory import keep_freed_memory
 from .layout import (
@@ -35,6 +36,7 @@ from .layout import (
     LinearPart,
     layer_linears,
     layer_norms,
+    num_parameters,
     top_path,
 )
 from .linear import Linear
@@ -95,9 +97,11 @@ class Model:
     ) -> None:
         """Takes tensors by checkpoint name (`layout.expected_tensors`). ``inference`` allows packed weight copies."""
         self.config, self.dtype, self.device, self.backend = config, dtype, torch.device(device), backend
-        self._inference = inference
+        self._prepack = inference and self.device.type == "cpu" and dtype == torch.bfloat16
         if self.device.type == "cpu":
             keep_freed_memory()
+            # Packed copies double the weights; they are for machines with room to spare.
+            self._prepack &= num_parameters(config) * dtype.itemsize < available_memory_bytes(self.device) / 4
 
         def take(name: str) -> torch.Tensor:
             return tensors[name].to(device=self.device, dtype=dtype)
@@ -135,7 +139,7 @@ class Model:
         self._up_name = "up" if config.mlp == "gelu" else "gate_up"
         self.final_norm = take_norm(top_path(config, FINAL_NORM))
         head = self.embedding if config.tied_embeddings else take(top_path(config, HEAD) + ".weight")
-        self.head = Linear(head, prepack=inference)
+        self.head = Linear(head, prepack=self._prepack)
         self.slopes = (
             alibi_slopes(config.num_heads, config.alibi_bias_max).to(self.device)
             if config.position == "alibi"
@@ -157,7 +161,7 @@ class Model:
                 weight[part.start : part.stop].copy_(tensors[part.path + ".weight"])
                 if bias is not None:
                     bias[part.start : part.stop].copy_(tensors[part.path + ".bias"])
-        return Linear(weight, bias, prepack=self._inference)
+        return Linear(weight, bias, prepack=self._prepack)
 
     @staticmethod
     def from_pretrained(

@@ -225,9 +225,10 @@ class Pages:
         per_sequence = -(-max_len // page_size)
         self.page_size, num_pages = page_size, per_sequence * num_sequences
         shape = (num_pages, page_size, c.num_kv_heads, c.head_dim)
+        place: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
+        self.device = model.device
         self.pairs = [
-            (torch.full(shape, torch.nan, dtype=model.dtype), torch.full(shape, torch.nan, dtype=model.dtype))
-            for _ in range(c.num_layers)
+            (torch.full(shape, torch.nan, **place), torch.full(shape, torch.nan, **place)) for _ in range(c.num_layers)
         ]
         order = torch.randperm(num_pages, generator=torch.Generator().manual_seed(0))
         self.table = order.view(num_sequences, per_sequence).int()
@@ -243,16 +244,17 @@ class Pages:
         slots = self.table[rows, positions // self.page_size].long() * self.page_size + positions % self.page_size
         lens = [len(tokens) for *_, tokens in chunks]
         decodes = [n == 1 for n in lens]
+        on = self.device
         return Batch(
-            token_ids=ids,
-            positions=positions,
-            query_starts=torch.tensor([0, *torch.tensor(lens).cumsum(0).tolist()], dtype=torch.int32),
-            context_lens=torch.tensor([first + len(tokens) for _, first, tokens in chunks], dtype=torch.int32),
+            token_ids=ids.to(on),
+            positions=positions.to(on),
+            query_starts=torch.tensor([0, *torch.tensor(lens).cumsum(0).tolist()], dtype=torch.int32).to(on),
+            context_lens=torch.tensor([first + len(tokens) for _, first, tokens in chunks], dtype=torch.int32).to(on),
             max_query_len=max(lens),
             max_context_len=max(first + len(tokens) for _, first, tokens in chunks),
             num_decodes=[*decodes, False].index(False),
-            slots=slots,
-            page_table=self.table[[s for s, *_ in chunks]],
+            slots=slots.to(on),
+            page_table=self.table[[s for s, *_ in chunks]].to(on),
         )
 
 

@@ -1,0 +1,69 @@
+"""The decoder and the sentence encoder on a CUDA device against themselves on the CPU in fp32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from checkpoints import llama_dict, mpt_dict, save_folder
+from specialize.engine.batch import Batch
+from specialize.engine.embedder import Embedder
+from specialize.engine.model import Model
+from test_model import Pages, random_sequences
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+SIZES = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 192}
+MPT_SIZES = {"d_model": 192, "n_heads": 6}
+CASES = {
+    "llama": llama_dict(**SIZES),
+    "qwen3": llama_dict(**SIZES, model_type="qwen3", head_dim=64),
+    "qwen2 window": llama_dict(
+        **SIZES, model_type="qwen2", use_sliding_window=True, sliding_window=7, max_window_layers=1
+    ),
+    "mpt": mpt_dict(**MPT_SIZES),
+    "mpt clip, qk_ln, biases": mpt_dict(**MPT_SIZES, attn={"clip_qkv": 0.5, "qk_ln": True}, no_bias=False),
+    "mpt multi-query": mpt_dict(**MPT_SIZES, attn={"attn_type": "multiquery_attention"}),
+    "mpt learned": mpt_dict(**MPT_SIZES, attn={"alibi": False}, logit_scale=0.5),
+    "mpt rope": mpt_dict(**MPT_SIZES, attn={"alibi": False, "rope": True}),
+}  # fmt: skip
+BOUNDS = {torch.float32: 2e-3, torch.bfloat16: 16 * 2.0**-8, torch.float16: 16 * 2.0**-11}
+
+
+def worst_row(got: torch.Tensor, truth: torch.Tensor) -> float:
+    return ((got.double().cpu() - truth).norm(dim=1) / truth.norm(dim=1)).max().item()
+
+
+@pytest.mark.parametrize("dtype", list(BOUNDS), ids=str)
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_device_equals_cpu(name, dtype, tmp_path):
+    save_folder(tmp_path, CASES[name])
+    sequences = random_sequences(97, (1, 40, 17))
+    exact = Model.from_pretrained(tmp_path, dtype=torch.float64, backend="torch")
+    truth = exact.logits(exact.forward(Batch.packed(sequences)))
+    model = Model.from_pretrained(tmp_path, dtype=dtype, device="cuda")
+    logits = model.logits(model.forward(Batch.packed(sequences, "cuda")))
+    assert worst_row(logits, truth) < BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.inference_mode()
+def test_cached_steps_on_the_device(name, tmp_path):
+    save_folder(tmp_path, CASES[name])
+    a, b = sequences = random_sequences(97, (9, 30))
+    exact = Model.from_pretrained(tmp_path, dtype=torch.float64, backend="torch")
+    truth = exact.logits(exact.forward(Batch.packed(sequences))).split([9, 30])
+    model = Model.from_pretrained(tmp_path, dtype=torch.bfloat16, device="cuda")
+    pages = Pages(model, 2, 32, page_size=16)
+    plan = [[(0, 0, a[:7]), (1, 0, b[:3])], [(0, 7, a[7:8]), (1, 3, b[3:29])], [(0, 8, a[8:]), (1, 29, b[29:])]]
+    for chunks in plan:
+        logits = model.logits(model.forward(pages.batch(chunks), pages))
+        wanted = torch.cat([truth[s][first : first + len(tokens)] for s, first, tokens in chunks])
+        assert worst_row(logits, wanted) < BOUNDS[torch.bfloat16]
+
+
+def test_embedder_on_the_device(minilm):
+    texts = [f"Sentence {i} about the heart." * (i + 1) for i in range(20)]
+    truth = Embedder.from_pretrained(minilm).embed(texts)
+    rough = Embedder.from_pretrained(minilm, torch.bfloat16, "cuda").embed(texts)
+    assert (truth * rough).sum(1).min() > 0.999
