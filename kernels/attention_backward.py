@@ -11,6 +11,8 @@ counted); that is the price of two kernels without atomics.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import triton
 import triton.language as tl
@@ -338,7 +340,7 @@ def query_gradient_kernel(
         store_rows(dq_rows, dq2 * softmax_scale, rows_in, tl.arange(0, D2), D0 + D1, HEAD_DIM)
 
 
-def default_key_config(head_dim: int, element_bytes: int) -> dict[str, int]:
+def default_key_config(head_dim: int, element_bytes: int, target: int = 80) -> dict[str, int]:
     """Tiles of the dK/dV kernel where tuned/ has nothing."""
     if element_bytes == 4:
         return {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
@@ -349,7 +351,7 @@ def default_key_config(head_dim: int, element_bytes: int) -> dict[str, int]:
     return {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
 
 
-def default_query_config(head_dim: int, element_bytes: int) -> dict[str, int]:
+def default_query_config(head_dim: int, element_bytes: int, target: int = 80) -> dict[str, int]:
     """Tiles of the dQ kernel where tuned/ has nothing."""
     if element_bytes == 4:
         return {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
@@ -383,8 +385,8 @@ def launch_backward(
     slopes: torch.Tensor | None,
     window: int | None,
     causal: bool,
-    key_config: dict[str, int],
-    query_config: dict[str, int],
+    key_config: Mapping[str, int],
+    query_config: Mapping[str, int],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dQ [T,H,D], dK and dV [T,K,D] from the forward's out and lse f32 [H,T] (natural log)."""
     num_tokens, num_heads, head_dim = q.shape

@@ -257,6 +257,11 @@ def attention_paged(
     Backends: "triton"; "cpp" (CPU, reads the pages in place); "torch" and "sdpa" (gathered pages, SDPA); "flash" (the flash-attn package, 16-bit pages).
     Raises ValueError for arguments that do not fit, before any launch.
     """
+    check_attention(OP, q, {"k_cache": k_cache, "v_cache": v_cache}, query_starts, softmax_scale, alibi_slopes, window)
+    _check(
+        q, k_cache, v_cache, page_table, context_lens, query_starts, max_query_len, max_context_len, num_decodes, k_scale,
+        v_scale, shared_prefix_len,
+    )  # fmt: skip
     chosen = choose_backend(OP, q, backend, BACKENDS, cpu_attention.default_backend(q, k_cache, k_scale, v_scale))
     if chosen == "cpp":
         if k_scale is not None or v_scale is not None:
@@ -264,11 +269,6 @@ def attention_paged(
         return cpu_attention.attention_paged(
             q, k_cache, v_cache, page_table, context_lens, query_starts, float(softmax_scale), alibi_slopes, window
         )
-    check_attention(OP, q, {"k_cache": k_cache, "v_cache": v_cache}, query_starts, softmax_scale, alibi_slopes, window)
-    _check(
-        q, k_cache, v_cache, page_table, context_lens, query_starts, max_query_len, max_context_len, num_decodes, k_scale,
-        v_scale, shared_prefix_len,
-    )  # fmt: skip
     softmax_scale = float(softmax_scale)
     if chosen == "triton":
         from . import attention_paged as kernels

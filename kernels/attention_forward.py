@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import triton
 import triton.language as tl
@@ -109,7 +111,7 @@ def heads_per_group(num_heads: int, group: int, max_len: int, head_dim: int, ele
     return min(num_heads, kv_heads * group)
 
 
-def default_config(head_dim: int, element_bytes: int) -> dict[str, int]:
+def default_config(head_dim: int, element_bytes: int, target: int = 80) -> dict[str, int]:
     """Tiles for Ampere and later where tuned/ has nothing."""
     if element_bytes == 4:
         return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
@@ -130,7 +132,7 @@ def launch_forward(
     slopes: torch.Tensor | None,
     window: int | None,
     causal: bool,
-    config: dict[str, int],
+    config: Mapping[str, int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Runs the kernel; returns out [T,H,D] and lse [H,T] in natural log."""
     num_tokens, num_heads, head_dim = q.shape
@@ -139,8 +141,7 @@ def launch_forward(
     lse = torch.empty((num_heads, num_tokens), dtype=torch.float32, device=q.device)
     if num_tokens == 0:
         return out, lse
-    config = dict(config)
-    block_m = config.pop("BLOCK_M")
+    block_m = config["BLOCK_M"]
     group = num_heads // k.shape[1]
     num_tiles = num_tokens // block_m + num_sequences
     d0, d1, d2 = split_head_dim(head_dim)
@@ -149,7 +150,7 @@ def launch_forward(
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), out.stride(0), out.stride(1), lse.stride(0),
         num_sequences, num_tiles, num_heads, heads_per_group(num_heads, group, max_query_len, head_dim, q.element_size()),
         window if window is not None else 0, softmax_scale * LOG2_E,
-        GROUP=group, HEAD_DIM=head_dim, D0=d0, D1=d1, D2=d2, BLOCK_M=block_m, BLOCK_N=config.pop("BLOCK_N"),
+        GROUP=group, HEAD_DIM=head_dim, D0=d0, D1=d1, D2=d2,
         CAUSAL=causal, HAS_ALIBI=slopes is not None, HAS_WINDOW=window is not None, **config,
     )  # fmt: skip
     return out, lse

@@ -6,7 +6,8 @@ so a row's arithmetic depends on its own context alone. A prefix common to all d
 are the queries of many sequences, and its spans are merged like any others.
 Chunks (more than one query): tiles of queries times group heads against all keys, no split.
 """
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportAssignmentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
@@ -275,7 +276,7 @@ def chunk_kernel(
     finish_rows(out_rows, acc0, acc1, acc2, value_scale / row_sum, rows_in, HEAD_DIM, D0, D1, D2)
 
 
-def default_decode_config(head_dim: int, element_bytes: int) -> dict[str, int]:
+def default_decode_config(head_dim: int, element_bytes: int, target: int = 80) -> dict[str, int]:
     """Decode tiles; SPLIT, the keys of one span, is part of the result's rounding and is the same on every device."""
     if element_bytes == 4:
         return {"BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
@@ -287,7 +288,7 @@ def default_decode_config(head_dim: int, element_bytes: int) -> dict[str, int]:
 SPLIT_KEYS = 512
 
 
-def default_chunk_config(head_dim: int, element_bytes: int) -> dict[str, int]:
+def default_chunk_config(head_dim: int, element_bytes: int, target: int = 80) -> dict[str, int]:
     """Tiles for sequences with more than one query, and for a shared prefix."""
     if element_bytes == 4:
         return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}

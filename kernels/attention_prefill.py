@@ -13,8 +13,10 @@ The Triton kernels are in attention_forward.py and attention_backward.py, Hopper
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -68,6 +70,57 @@ def bias_tile(
     return bias.masked_fill_(masked, float("-inf"))
 
 
+def _sequences(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, query_starts: torch.Tensor
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Each sequence's rows and its q, k, v as [H,L,D] in fp32 (fp64 stays fp64), key heads repeated for their group."""
+    accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
+    group = q.shape[1] // k.shape[1]
+    for start, stop in pairwise(query_starts.tolist()):
+        rows = slice(start, stop)
+        heads = (q[rows], k[rows].repeat_interleave(group, dim=1), v[rows].repeat_interleave(group, dim=1))
+        qs, ks, vs = (x.to(accumulate).transpose(0, 1) for x in heads)
+        yield rows, qs, ks, vs
+
+
+class _Reference(torch.autograd.Function):
+    """What a backward pass may know of the forward is q, k, v, lse and ``out`` as returned, in q's type: δ carries out's
+    rounding. Everything else is fp32 or better, sequence by sequence, with the whole score matrix."""
+
+    @staticmethod
+    def forward(ctx: Any, q, k, v, query_starts, softmax_scale, slopes, window, causal):
+        accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
+        out = torch.zeros_like(q)
+        lse = torch.zeros(q.shape[:2], dtype=accumulate, device=q.device)
+        for rows, qs, ks, vs in _sequences(q, k, v, query_starts):
+            positions = torch.arange(qs.shape[1], device=q.device)
+            scores = qs @ ks.mT * softmax_scale + bias_tile(positions, positions, slopes, window, causal, accumulate)
+            lse[rows] = torch.logsumexp(scores, dim=-1).T
+            out[rows] = (torch.softmax(scores, dim=-1) @ vs).transpose(0, 1).to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse, query_starts, slopes)
+        ctx.settings = (softmax_scale, window, causal)
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout, _dlse):  # type: ignore[override]
+        q, k, v, out, lse, query_starts, slopes = ctx.saved_tensors
+        softmax_scale, window, causal = ctx.settings
+        group = q.shape[1] // k.shape[1]
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for rows, qs, ks, vs in _sequences(q, k, v, query_starts):
+            positions = torch.arange(qs.shape[1], device=q.device)
+            scores = qs @ ks.mT * softmax_scale + bias_tile(positions, positions, slopes, window, causal, qs.dtype)
+            weights = torch.exp(scores - lse[rows].T[..., None])
+            douts = dout[rows].to(qs.dtype).transpose(0, 1)
+            delta = (out[rows].to(qs.dtype).transpose(0, 1) * douts).sum(-1, keepdim=True)
+            dscores = weights * (douts @ vs.mT - delta) * softmax_scale
+            dq[rows] = (dscores @ ks).transpose(0, 1).to(q.dtype)
+            dk[rows] = (dscores.mT @ qs).unflatten(0, (-1, group)).sum(1).transpose(0, 1).to(k.dtype)
+            dv[rows] = (weights.mT @ douts).unflatten(0, (-1, group)).sum(1).transpose(0, 1).to(v.dtype)
+        return dq, dk, dv, None, None, None, None, None
+
+
 def attention_prefill_reference(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -81,25 +134,9 @@ def attention_prefill_reference(
     causal: bool = True,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """The readable truth: one sequence at a time, whole score matrix, in fp32 (fp64 stays fp64), by plain autograd."""
-    accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
-    group = q.shape[1] // k.shape[1]
-    starts = query_starts.tolist()
-    outs, lses = [], []
-    for start, stop in pairwise(starts):
-        qs = q[start:stop].to(accumulate)
-        ks = k[start:stop].to(accumulate).repeat_interleave(group, dim=1)
-        vs = v[start:stop].to(accumulate).repeat_interleave(group, dim=1)
-        positions = torch.arange(stop - start, device=q.device)
-        scores = torch.einsum("ihd,jhd->hij", qs, ks) * softmax_scale
-        scores = scores + bias_tile(positions, positions, alibi_slopes, window, causal, accumulate)
-        lse = torch.logsumexp(scores, dim=-1)
-        outs.append(torch.einsum("hij,jhd->ihd", torch.exp(scores - lse[..., None]), vs))
-        lses.append(lse.transpose(0, 1))
-    out = torch.cat(outs) if outs else q.new_zeros(q.shape, dtype=accumulate)
-    lse = torch.cat(lses) if lses else q.new_zeros(q.shape[:2], dtype=accumulate)
-    out = out.to(q.dtype)
-    return (out, lse.to(accumulate)) if return_lse else out
+    """The readable truth, forward and backward; arguments as attention_prefill."""
+    out, lse = _Reference.apply(q, k, v, query_starts, softmax_scale, alibi_slopes, window, causal)  # type: ignore[misc]
+    return (out, lse) if return_lse else out
 
 
 def sdpa_sequence(
@@ -150,8 +187,8 @@ def _torch_prefill(q, k, v, query_starts, softmax_scale, slopes, window, causal)
     """One SDPA call per sequence, or one for all where every sequence has the same length."""
     starts = query_starts.tolist()
     lengths = [stop - start for start, stop in pairwise(starts)]
-    if not lengths or q.shape[0] == 0:
-        return torch.zeros_like(q)
+    if q.shape[0] == 0:
+        return q + 0.0 * (k.sum() + v.sum())  # empty, and still a function of all three
     if len(set(lengths)) == 1:
         q_, k_, v_ = (x.unflatten(0, (len(lengths), lengths[0])) for x in (q, k, v))
         return sdpa_sequence(q_, k_, v_, 0, softmax_scale, slopes, window, causal).reshape(q.shape)
@@ -238,18 +275,23 @@ class _TritonAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout, _dlse):  # type: ignore[override]
-        from . import attention_backward as backward
-
         q, k, v, out, lse, query_starts, slopes = ctx.saved_tensors
         max_query_len, softmax_scale, window, causal = ctx.settings
-        bucket = shape_bucket(q)
-        sizes = (q.shape[-1], q.dtype.itemsize)
-        key_config = tuned_config("attention_dkdv", bucket, backward.default_key_config(*sizes))
-        query_config = tuned_config("attention_dq", bucket, backward.default_query_config(*sizes))
-        dq, dk, dv = backward.launch_backward(
-            q, k, v, out, lse, _unit_stride(dout), query_starts, max_query_len, softmax_scale, slopes, window, causal,
-            dict(key_config), dict(query_config),
-        )  # fmt: skip
+        bucket, sizes = shape_bucket(q), (q.shape[-1], q.dtype.itemsize)
+        arguments = (q, k, v, out, lse, _unit_stride(dout), query_starts, max_query_len, softmax_scale, slopes)
+        if use_hopper(q, k, v, window, causal) and use_hopper(arguments[5], k, v, window, causal):
+            from . import attention_hopper_backward as hopper
+
+            key_config = tuned_config("attention_dkdv_hopper", bucket, hopper.default_key_config(q.shape[-1]))
+            query_config = tuned_config("attention_dq_hopper", bucket, hopper.default_query_config(q.shape[-1]))
+            dq, dk, dv = hopper.launch_backward(*arguments, key_config, query_config)
+        else:
+            from . import attention_backward as backward
+
+            target = capability(q)
+            key_config = tuned_config("attention_dkdv", bucket, backward.default_key_config(*sizes, target))
+            query_config = tuned_config("attention_dq", bucket, backward.default_query_config(*sizes, target))
+            dq, dk, dv = backward.launch_backward(*arguments, window, causal, key_config, query_config)
         return dq, dk, dv, None, None, None, None, None, None
 
 
@@ -257,13 +299,39 @@ def _unit_stride(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def capability(x: torch.Tensor) -> int:
+    """Compute capability of x's device as 80, 90, 100, …; the interpreter counts as 80."""
+    if not x.is_cuda:
+        return 80
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
+
+
+@functools.cache
+def _has_gluon() -> bool:
+    return importlib.util.find_spec("triton.experimental.gluon") is not None
+
+
+def use_hopper(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, causal: bool) -> bool:
+    """Whether Hopper's own kernels run: the device has wgmma, this Triton has Gluon, and the shapes fit."""
+    if not q.is_cuda or capability(q) != 90 or not _has_gluon():
+        return False
+    from . import attention_hopper
+
+    return attention_hopper.supports(q, k, v, window, causal)
+
+
 def _launch(q, k, v, query_starts, max_query_len, softmax_scale, slopes, window, causal):
+    bucket = shape_bucket(q)
+    if use_hopper(q, k, v, window, causal):
+        from . import attention_hopper as hopper
+
+        config = tuned_config("attention_prefill_hopper", bucket, hopper.default_config(q.shape[-1]))
+        return hopper.launch_forward(q, k, v, query_starts, max_query_len, softmax_scale, slopes, config)
     from . import attention_forward as forward
 
-    config = tuned_config(OP, shape_bucket(q), forward.default_config(q.shape[-1], q.dtype.itemsize))
-    return forward.launch_forward(
-        q, k, v, query_starts, max_query_len, softmax_scale, slopes, window, causal, dict(config)
-    )
+    config = tuned_config(OP, bucket, forward.default_config(q.shape[-1], q.dtype.itemsize, capability(q)))
+    return forward.launch_forward(q, k, v, query_starts, max_query_len, softmax_scale, slopes, window, causal, config)
 
 
 def attention_prefill(
@@ -307,7 +375,9 @@ def attention_prefill(
     if chosen == "cpp":
         if q.dtype != torch.bfloat16:
             raise bad_argument(OP, "q", q.dtype, "bfloat16 with backend 'cpp'")
-        return cpu_prefill.attention(q, k, v, query_starts, softmax_scale, alibi_slopes, window, causal, return_lse)
+        return cpu_prefill.attention(  # type: ignore[return-value]
+            q, k, v, query_starts, softmax_scale, alibi_slopes, window, causal, return_lse
+        )
     if chosen == "flash":
         if return_lse:
             raise bad_argument(OP, "return_lse", True, "False with backend 'flash'")

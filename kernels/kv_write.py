@@ -11,10 +11,14 @@ rope followed by a plain write.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from . import cpu_attention
 from .dispatch import bad_argument, choose_backend, tl, triton
+from .spec import Case, CompileCase, KernelSpec
 
 OP = "kv_write"
 
@@ -156,6 +160,7 @@ def _launch(k, v, k_cache, v_cache, slots, cos, sin, positions, clip, k_scale, v
         NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, PAGE_SIZE=k_cache.shape[1], BLOCK_K=block_k, HALF=half, KIND=kind,
         HAS_ROPE=cos is not None, HAS_CLIP=clip is not None,
         HAS_K_SCALE=k_scale is not None, HAS_V_SCALE=v_scale is not None, num_warps=4,
+        enable_fp_fusion=False,  # the same bits as rope, then a plain write
     )  # fmt: skip
 
 
@@ -219,13 +224,13 @@ def kv_write(
     With cos and sin f32 [M,D/2] and positions i64 [T], k is rotated first. Slots must differ from each other. No gradient.
     Raises ValueError for arguments that do not fit, before anything is written.
     """
+    _check(k, v, k_cache, v_cache, slots, cos, sin, positions, clip, k_scale, v_scale)
     cpu_default = cpu_attention.default_backend(k, k_cache, k_scale, v_scale)
     chosen = choose_backend(OP, k, backend, ("triton", "torch", "cpp"), cpu_default)
     if chosen == "cpp":
         if k_scale is not None or v_scale is not None:
             raise bad_argument(OP, "k_scale", "given", "None with backend 'cpp'")
         return cpu_attention.kv_write(k.detach(), v.detach(), k_cache, v_cache, slots, cos, sin, positions, clip)
-    _check(k, v, k_cache, v_cache, slots, cos, sin, positions, clip, k_scale, v_scale)
     k, v = k.detach(), v.detach()
     if chosen == "triton":
         k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
@@ -244,3 +249,91 @@ def kv_write(
         k_scale=k_scale,
         v_scale=v_scale,
     )
+
+
+def _make_inputs(case: Case, device: str, dtype: torch.dtype, seed: int) -> dict[str, Any]:
+    """T tokens for random slots of P pages; "skip" of them go nowhere."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens, heads, head_dim, pages, size = case["T"], case["K"], case["D"], case["P"], case["S"]
+    cache_dtype = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}.get(case.get("cache", ""), dtype)
+    slots = torch.randperm(pages * size, generator=generator)[:tokens]
+    slots[: case.get("skip", 0)] = -1
+    inputs: dict[str, Any] = {
+        name: torch.randn((tokens, heads, head_dim), generator=generator).to(device, dtype) for name in ("k", "v")
+    }
+    for name in ("k_cache", "v_cache"):
+        inputs[name] = torch.zeros((pages, size, heads, head_dim), device=device, dtype=torch.float32).to(cache_dtype)
+    inputs["slots"] = slots.to(device)
+    if case.get("rope"):
+        angles = torch.rand((64, head_dim // 2), generator=generator).to(device)
+        positions = torch.randint(0, 64, (tokens,), generator=generator).to(device)
+        inputs |= {"cos": torch.cos(angles), "sin": torch.sin(angles), "positions": positions}
+    if case.get("clip"):
+        inputs["clip"] = case["clip"]
+    if case.get("cache"):
+        scales = torch.rand((2, heads), generator=generator).mul_(0.02).add_(0.01).to(device)
+        inputs |= {"k_scale": scales[0], "v_scale": scales[1]}
+    return inputs
+
+
+def _returning(function: Callable[..., None]) -> Callable[..., torch.Tensor]:
+    """``function`` on copies of the caches, returning what is in them afterwards, in fp32."""
+
+    def run(**inputs: Any) -> torch.Tensor:
+        caches = {name: inputs[name].clone() for name in ("k_cache", "v_cache")}
+        function(**(inputs | caches))
+        return torch.stack([cache.to(torch.float32) for cache in caches.values()])
+
+    return run
+
+
+def _bytes(case: Case) -> int:
+    """Keys and values in and out (the bench's copy of the caches is not counted)."""
+    width = 1 if case.get("cache") else 2
+    return 2 * (2 + width) * case["T"] * case["K"] * case["D"] + 8 * case["T"]
+
+
+def _compile_cases(target: int) -> list[CompileCase]:
+    cases = []
+    for name, cache, kind, rope in (
+        ("bf16 rope", "bf16", 0, True),
+        ("fp8", "fp8e4nv", 2, False),
+        ("int8", "i8", 1, True),
+    ):
+        if cache == "fp8e4nv" and target < 89:
+            continue
+        constants = {
+            "NUM_KV_HEADS": 32, "HEAD_DIM": 128, "PAGE_SIZE": 16, "BLOCK_K": 32, "HALF": 64, "KIND": kind,
+            "HAS_ROPE": rope, "HAS_CLIP": not rope, "HAS_K_SCALE": kind > 0, "HAS_V_SCALE": kind > 0,
+        }  # fmt: skip
+        kinds = {"k": "*bf16", "v": "*bf16", "k_cache": f"*{cache}", "v_cache": f"*{cache}", "clip": "fp32"}
+        kinds |= dict.fromkeys(("slots", "positions"), "*i64")
+        kinds |= dict.fromkeys(("cos", "sin", "k_scales", "v_scales"), "*fp32")
+        signature = {n: kinds.get(n, "i32") for n in kv_write_kernel.arg_names if n not in constants}
+        attrs = {n: 16 for n, kind_ in signature.items() if kind_ == "i32"}
+        cases.append(CompileCase(name, kv_write_kernel, signature, constants, attrs=attrs))
+    return cases
+
+
+SPEC = KernelSpec(
+    op=OP,
+    run=_returning(kv_write),
+    reference=_returning(kv_write_reference),
+    make_inputs=_make_inputs,
+    test_cases=(
+        {"T": 1, "K": 1, "D": 16, "P": 1, "S": 16},
+        {"T": 13, "K": 3, "D": 112, "P": 4, "S": 16, "rope": True, "clip": 1.0, "skip": 2},
+        {"T": 33, "K": 8, "D": 64, "P": 3, "S": 32, "rope": True},
+        {"T": 7, "K": 1, "D": 7, "P": 2, "S": 16, "clip": 0.5},
+        {"T": 20, "K": 2, "D": 40, "P": 2, "S": 256, "cache": "int8", "rope": True},
+        {"T": 0, "K": 2, "D": 32, "P": 1, "S": 16},
+    ),
+    bench_cases=(
+        {"model": "MPT-7B", "T": 8192, "K": 32, "D": 128, "P": 150, "S": 64, "clip": 8.0, "check": "reference"},
+        {"model": "Llama-8B", "T": 8192, "K": 8, "D": 128, "P": 150, "S": 64, "rope": True, "check": "reference"},
+        {"model": "MPT-7B fp8", "T": 8192, "K": 32, "D": 128, "P": 150, "S": 64, "cache": "fp8", "check": "reference"},
+    ),
+    bytes=_bytes,
+    flops=lambda case: 0,
+    compile_cases=_compile_cases,
+)

@@ -1,0 +1,362 @@
+"""Hopper's forward kernel of packed causal attention, in Gluon: TMA copies, two consumer warpgroups, a persistent grid.
+
+A producer warp runs ahead through all tiles of its program and copies query, key and value tiles; two warpgroups hold 64
+queries each. Inside a warpgroup the score product of the next key block is issued before the value product of this one, so the
+tensor cores work while the softmax runs (the pipelining of Shah et al., "FlashAttention-3", 2024). Keys run from the diagonal
+backwards: only the first blocks are masked, and every row meets a valid key in its first block.
+"""
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportAssignmentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .attention_forward import heads_per_group
+from .attention_tiles import LOG2_E
+
+copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # renamed after Triton 3.6
+
+
+@gluon.jit
+def find_tile(
+    starts,
+    slot,
+    num_programs,
+    num_tiles,
+    num_heads,
+    num_sequences,
+    group_heads,
+    ROWS: gl.constexpr,
+    LATE_FIRST: gl.constexpr,
+):
+    """The slot-th tile of this program: sequence start, length, first row and head. An empty slot's row is the length.
+
+    The longest tiles come first (the last queries, or the first keys), and slots run there and back over the programs, so that
+    each gets long and short ones alike.
+    """
+    program = gl.program_id(0)
+    lane = gl.where(slot % 2 == 0, program, num_programs - 1 - program)
+    index = slot * num_programs + lane
+    present = index < num_tiles * num_heads
+    index = gl.where(present, index, 0)
+    group = index // (num_tiles * group_heads)
+    inside = index % (num_tiles * group_heads)
+    heads_here = gl.minimum(group_heads, num_heads - group * group_heads)
+    tile = inside // heads_here
+    if LATE_FIRST:
+        tile = num_tiles - 1 - tile
+    head = group * group_heads + inside % heads_here
+    low = 0
+    high = num_sequences - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        first_tile = gl.load(starts + middle) // ROWS + middle
+        low = gl.where(first_tile <= tile, middle, low)
+        high = gl.where(first_tile <= tile, high, middle - 1)
+    start = gl.load(starts + low)
+    length = gl.load(starts + low + 1) - start
+    row = (tile - start // ROWS - low) * ROWS
+    row = gl.where(present, row, length)
+    return start, length, row, head
+
+
+@gluon.jit
+def produce(
+    q_desc, k_desc, v_desc, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    starts, num_slots, num_programs, num_tiles, num_heads, num_sequences, group_heads,
+    GROUP: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Copies each tile's queries once and its key and value blocks from the last to the first."""
+    tiles_done = 0
+    blocks_done = 0
+    for slot in range(num_slots):
+        start, length, row, head = find_tile(
+            starts, slot, num_programs, num_tiles, num_heads, num_sequences, group_heads, 128, True
+        )
+        if row < length:
+            kv_head = head // GROUP
+            last_block = (gl.minimum(row + 128, length) - 1) // BLOCK_N
+            for half in gl.static_range(2):
+                mbarrier.wait(q_empty.index(half), (tiles_done & 1) ^ 1)
+                mbarrier.expect(q_full.index(half), q_desc.block_type.nbytes)
+                copy_tile(q_desc, [start + row + half * 64, head, 0], q_full.index(half), q_tiles.index(half))
+            for step in range(last_block + 1):
+                block_row = start + (last_block - step) * BLOCK_N
+                stage = blocks_done % STAGES
+                phase = ((blocks_done // STAGES) & 1) ^ 1
+                mbarrier.wait(k_empty.index(stage), phase)
+                mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
+                copy_tile(k_desc, [block_row, kv_head, 0], k_full.index(stage), k_tiles.index(stage))
+                mbarrier.wait(v_empty.index(stage), phase)
+                mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
+                copy_tile(v_desc, [block_row, kv_head, 0], v_full.index(stage), v_tiles.index(stage))
+                blocks_done += 1
+            tiles_done += 1
+
+
+@gluon.jit
+def mask_scores(scores, rows, keys):
+    """Keeps key ≤ query; the finite floor never meets a row without a valid key."""
+    return gl.where(keys[None, :] <= rows[:, None], scores, -1.0e30)
+
+
+@gluon.jit
+def consume(
+    half: gl.constexpr, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
+    out, lse, starts, slopes, out_stride, out_head, lse_head, scale,
+    num_slots, num_programs, num_tiles, num_heads, num_sequences, group_heads,
+    HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HAS_ALIBI: gl.constexpr,
+    TAKE_TURNS: gl.constexpr,
+):  # fmt: skip
+    """Softmax and products of one half tile of 64 queries."""
+    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    weight_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
+    row_layout: gl.constexpr = gl.SliceLayout(1, score_layout)
+    column_layout: gl.constexpr = gl.SliceLayout(0, score_layout)
+    out_row_layout: gl.constexpr = gl.SliceLayout(1, out_layout)
+    store_layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    element: gl.constexpr = q_tiles.dtype
+
+    tiles_done = 0
+    blocks_done = 0
+    turns_done = 0
+    for slot in range(num_slots):
+        start, length, row, head = find_tile(
+            starts, slot, num_programs, num_tiles, num_heads, num_sequences, group_heads, 128, True
+        )
+        if row < length:
+            last_block = (gl.minimum(row + 128, length) - 1) // BLOCK_N
+            first_row = row + half * 64
+            # Blocks whose keys all lie at or before this half's first row need no mask.
+            masked_blocks = last_block + 1 - (first_row + 1) // BLOCK_N
+            rows = first_row + gl.arange(0, 64, row_layout)
+            columns = gl.arange(0, BLOCK_N, column_layout)
+            slope = 0.0
+            if HAS_ALIBI:
+                slope = gl.load(slopes + head) * 1.4426950408889634
+            column_bias = slope * columns.to(gl.float32)
+            reference = row + 127
+
+            mbarrier.wait(q_full.index(half), tiles_done & 1)
+            queries = q_tiles.index(half).reshape([64, WIDTH])
+            stage = blocks_done % STAGES
+            phase = (blocks_done // STAGES) & 1
+            mbarrier.wait(k_full.index(stage), phase)
+            empty_scores = gl.zeros([64, BLOCK_N], gl.float32, score_layout)
+            scores = warpgroup_mma(
+                queries,
+                k_tiles.index(stage).reshape([BLOCK_N, WIDTH]).permute((1, 0)),
+                empty_scores,
+                use_acc=False,
+                is_async=True,
+            )
+            scores = warpgroup_mma_wait(0, deps=[scores])
+            mbarrier.arrive(k_empty.index(stage), count=1)
+            block_begin = last_block * BLOCK_N
+            if HAS_ALIBI:
+                scores = scores * scale + column_bias[None, :]
+            scores = mask_scores(scores, rows, block_begin + columns)
+            # row_max is kept relative to the block's own bias, which is one number for all its keys.
+            if HAS_ALIBI:
+                block_bias = slope * (block_begin - reference).to(gl.float32)
+                top = gl.max(scores, 1)
+                weights = gl.exp2(scores - top[:, None])
+                row_max = top + block_bias
+            else:
+                row_max = gl.max(scores, 1) * scale
+                weights = gl.exp2(scores * scale - row_max[:, None])
+            row_sum = gl.sum(weights, 1)
+            narrow = gl.convert_layout(weights.to(element), weight_layout)
+            acc = gl.zeros([64, WIDTH], gl.float32, out_layout)
+
+            for step in range(1, last_block + 1):
+                value_stage = stage
+                value_phase = phase
+                blocks_done += 1
+                stage = blocks_done % STAGES
+                phase = (blocks_done // STAGES) & 1
+                mbarrier.wait(k_full.index(stage), phase)
+                if TAKE_TURNS:
+                    mbarrier.wait(turns.index(half), (turns_done & 1) ^ (1 - half))
+                scores_token = warpgroup_mma(
+                    queries,
+                    k_tiles.index(stage).reshape([BLOCK_N, WIDTH]).permute((1, 0)),
+                    empty_scores,
+                    use_acc=False,
+                    is_async=True,
+                )
+                mbarrier.wait(v_full.index(value_stage), value_phase)
+                acc_token = warpgroup_mma(
+                    narrow, v_tiles.index(value_stage).reshape([BLOCK_N, WIDTH]), acc, is_async=True
+                )
+                if TAKE_TURNS:
+                    mbarrier.arrive(turns.index(1 - half), count=1)
+                    turns_done += 1
+                scores = warpgroup_mma_wait(1, deps=[scores_token])
+                mbarrier.arrive(k_empty.index(stage), count=1)
+                block_begin -= BLOCK_N
+                if HAS_ALIBI:
+                    scores = scores * scale + column_bias[None, :]
+                if step < masked_blocks:
+                    scores = mask_scores(scores, rows, block_begin + columns)
+                if HAS_ALIBI:
+                    block_bias = slope * (block_begin - reference).to(gl.float32)
+                    new_max = gl.maximum(row_max, gl.max(scores, 1) + block_bias)
+                    weights = gl.exp2(scores - (new_max - block_bias)[:, None])
+                else:
+                    new_max = gl.maximum(row_max, gl.max(scores, 1) * scale)
+                    weights = gl.exp2(scores * scale - new_max[:, None])
+                rescale = gl.exp2(row_max - new_max)
+                row_sum = row_sum * rescale + gl.sum(weights, 1)
+                row_max = new_max
+                acc = warpgroup_mma_wait(0, deps=[acc_token])
+                mbarrier.arrive(v_empty.index(value_stage), count=1)
+                acc = acc * gl.convert_layout(rescale, out_row_layout)[:, None]
+                narrow = gl.convert_layout(weights.to(element), weight_layout)
+
+            mbarrier.arrive(q_empty.index(half), count=1)
+            blocks_done += 1
+            mbarrier.wait(v_full.index(stage), phase)
+            acc_token = warpgroup_mma(narrow, v_tiles.index(stage).reshape([BLOCK_N, WIDTH]), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=[acc_token])
+            mbarrier.arrive(v_empty.index(stage), count=1)
+            tiles_done += 1
+
+            acc = acc * gl.convert_layout(1.0 / row_sum, out_row_layout)[:, None]
+            result = gl.convert_layout(acc.to(element), store_layout)
+            store_rows = first_row + gl.arange(0, 64, gl.SliceLayout(1, store_layout))
+            dims = gl.arange(0, WIDTH, gl.SliceLayout(0, store_layout))
+            token = start.to(gl.int64)
+            base = out + token * out_stride + head.to(gl.int64) * out_head
+            gl.store(
+                base + store_rows.to(gl.int64)[:, None] * out_stride + dims[None, :], result,
+                mask=(store_rows < length)[:, None] & (dims < HEAD_DIM)[None, :],
+            )  # fmt: skip
+            log_sum = row_max + gl.log2(row_sum)
+            if HAS_ALIBI:
+                log_sum -= slope * (rows - reference).to(gl.float32)
+            gl.store(
+                lse + head.to(gl.int64) * lse_head + token + rows, log_sum * 0.6931471805599453, mask=rows < length
+            )
+
+
+@gluon.jit(do_not_specialize=["lse_head", "num_slots", "num_tiles", "num_sequences", "num_heads", "group_heads"])
+def hopper_forward_kernel(
+    q_desc, k_desc, v_desc, out, lse, starts, slopes, out_stride, out_head, lse_head, scale,
+    num_slots, num_tiles, num_heads, num_sequences, group_heads,
+    GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HAS_ALIBI: gl.constexpr,
+    TAKE_TURNS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """Persistent: program p works through slots 0 … num_slots − 1, one tile of 128 queries each."""
+    WIDTH: gl.constexpr = q_desc.block_type.shape[2]  # the head dim padded to a power of two; the copies fill in zeros
+    q_tiles = gl.allocate_shared_memory(q_desc.dtype, [2, 64, 1, WIDTH], q_desc.layout)
+    k_tiles = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_N, 1, WIDTH], k_desc.layout)
+    v_tiles = gl.allocate_shared_memory(v_desc.dtype, [STAGES, BLOCK_N, 1, WIDTH], v_desc.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(turns.index(i), count=1)
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(v_empty.index(i), count=2)
+    num_programs = gl.num_programs(0)
+    gl.warp_specialize(
+        [
+            (consume, (
+                0, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
+                out, lse, starts, slopes, out_stride, out_head, lse_head, scale,
+                num_slots, num_programs, num_tiles, num_heads, num_sequences, group_heads,
+                HEAD_DIM, WIDTH, BLOCK_N, STAGES, HAS_ALIBI, TAKE_TURNS,
+            )),
+            (consume, (
+                1, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
+                out, lse, starts, slopes, out_stride, out_head, lse_head, scale,
+                num_slots, num_programs, num_tiles, num_heads, num_sequences, group_heads,
+                HEAD_DIM, WIDTH, BLOCK_N, STAGES, HAS_ALIBI, TAKE_TURNS,
+            )),
+            (produce, (
+                q_desc, k_desc, v_desc, q_tiles, k_tiles, v_tiles,
+                q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                starts, num_slots, num_programs, num_tiles, num_heads, num_sequences, group_heads,
+                GROUP, BLOCK_N, STAGES,
+            )),
+        ],
+        [4, 1],
+        [CONSUMER_REGISTERS, 24],
+    )  # fmt: skip
+
+
+def default_config(head_dim: int) -> dict[str, int]:
+    """Tiles where tuned/ has nothing."""
+    return {"BLOCK_N": 128, "STAGES": 2, "TAKE_TURNS": 0, "CONSUMER_REGISTERS": 240}
+
+
+def supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, causal: bool) -> bool:
+    """Whether the kernel takes these: 16-bit, head dim 33 to 128, causal without window, rows aligned to 16 bytes."""
+    if q.dtype.itemsize != 2 or not 32 < q.shape[-1] <= 128 or not causal or window is not None:
+        return False
+    return all(x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0 and x.data_ptr() % 16 == 0 for x in (q, k, v))
+
+
+_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+def make_descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
+    """TMA descriptor of x [T,N,D] for tiles of ``rows`` tokens of one head, the head dim padded with zeros to a power of two."""
+    block = [rows, 1, max(16, 1 << (x.shape[2] - 1).bit_length())]
+    layout = gl.NVMMASharedLayout.get_default_for(block, _DTYPES[x.dtype])
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
+
+
+def launch_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    query_starts: torch.Tensor,
+    max_query_len: int,
+    softmax_scale: float,
+    slopes: torch.Tensor | None,
+    config: Mapping[str, int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Runs the kernel; returns out [T,H,D] and lse [H,T] in natural log."""
+    num_tokens, num_heads, head_dim = q.shape
+    num_sequences = query_starts.shape[0] - 1
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((num_heads, num_tokens), dtype=torch.float32, device=q.device)
+    if num_tokens == 0:
+        return out, lse
+    block_n = config["BLOCK_N"]
+
+    num_tiles = num_tokens // 128 + num_sequences
+    num_programs = min(num_tiles * num_heads, torch.cuda.get_device_properties(q.device).multi_processor_count)
+    group = num_heads // k.shape[1]
+    hopper_forward_kernel[(num_programs,)](
+        make_descriptor(q, 64), make_descriptor(k, block_n), make_descriptor(v, block_n), out, lse, query_starts,
+        slopes if slopes is not None else lse, out.stride(0), out.stride(1), lse.stride(0), softmax_scale * LOG2_E,
+        -(-num_tiles * num_heads // num_programs), num_tiles, num_heads, num_sequences,
+        heads_per_group(num_heads, group, max_query_len, head_dim, q.element_size()),
+        GROUP=group, HEAD_DIM=head_dim, HAS_ALIBI=slopes is not None, num_warps=4, **config,
+    )  # fmt: skip
+    return out, lse
