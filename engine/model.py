@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from ..kernels.activation import gelu, swiglu
 from ..kernels.attention_decode import attention_paged
 from ..kernels.attention_prefill import alibi_slopes, attention_prefill
+from ..kernels.cpu import keep_freed_memory
 from ..kernels.kv_write import kv_write
 from ..kernels.layernorm import layernorm
 from ..kernels.rmsnorm import rmsnorm
@@ -26,7 +27,6 @@ from ..kernels.rope import rope
 from .batch import Batch
 from .cache import available_memory_bytes
 from .config import ModelConfig
-from .host_memory import keep_freed_memory
 from .layout import (
     EMBEDDING,
     FINAL_NORM,
