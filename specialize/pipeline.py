@@ -268,7 +268,20 @@ class Run:
         documents = list(read_corpus(self.inputs["corpus"]))
         if not documents:
             raise InputError(f"corpus: {self.inputs['corpus']} holds no documents")
-        return Synthesizer(self.recipe, self.kinds, documents, index=self.index, overlap=overlap)
+        index = self.index
+        embed = None
+        if index is not None and self.recipe.retrieval.mode in ("dense", "hybrid"):
+            encoder = self.embedder()
+            embed = encoder.embed
+
+        def remember(key: str, make: Callable[[], Any]) -> Any:
+            if self.ledger.meta(key) is None:
+                self.ledger.set_meta(key, make())
+            return self.ledger.meta(key)
+
+        return Synthesizer(
+            self.recipe, self.kinds, documents, index=index, overlap=overlap, embed=embed, remember=remember
+        )
 
     def _round_folder(self, round: int) -> Path:
         return self.folder / "rounds" / str(round)

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from . import filter as rules
 from .kinds import Kind, agreement, consensus, form_fault, split_fields
 from .ledger import Item, Ledger, Reply
@@ -144,13 +146,18 @@ class Synthesizer:
         *,
         index: Any = None,
         overlap: rules.EvaluationOverlap | None = None,
+        embed: Callable[[list[str]], np.ndarray] | None = None,
+        remember: Callable[[str, Callable[[], Any]], Any] | None = None,
     ):
+        """``embed`` gives normalised vectors; ``remember(key, make)`` keeps what ``make()`` gave across restarts."""
         self.recipe = recipe
         self.kinds = list(kinds)
         self.seeds = [seed for kind in kinds for seed in kind.seeds]
         self.documents = documents
         self.index = index if recipe.retrieval.mode != "off" else None
         self.overlap = overlap
+        self.embed = embed
+        self.remember = remember or (lambda _, make: make())
         self._materials: dict[int, list[Material]] = {}
         self._by_document = {document.id: document for document in documents}
         self._shot_passages: dict[str, str] = {}
@@ -185,8 +192,14 @@ class Synthesizer:
     def materials(self, kind: Kind | None) -> list[Material]:
         """Corpus pieces for a kind's inputs in order of use, no two alike, none a seed's own."""
         key = -1 if kind is None else kind.id
-        if key in self._materials:
-            return self._materials[key]
+        if key not in self._materials:
+            rows = self.remember(
+                f"materials-{key}", lambda: [(m.text, m.document_id) for m in self._cut_materials(kind)]
+            )
+            self._materials[key] = [Material(*row) for row in rows]
+        return self._materials[key]
+
+    def _cut_materials(self, kind: Kind | None) -> list[Material]:
         sentence = kind is not None and kind.unit == "sentence"
         if kind is None or kind.unit in ("written", "none"):
             low, high = 15, self.recipe.retrieval.chunk_words
@@ -213,10 +226,31 @@ class Synthesizer:
             for part in (pieces[:near], pieces[near:]):
                 for turn in range(max(map(len, part), default=0)):
                     found += [mine[turn] for mine in part if len(mine) > turn]
+            if kind is not None:
+                found = self._best_matching(kind, found, wanted)
         else:
             found = [material for mine in pieces for material in mine]
-        self._materials[key] = found
         return found
+
+    def _best_matching(self, kind: Kind, found: list[Material], wanted: int) -> list[Material]:
+        """Of the first four times ``wanted`` sentences, those nearer to this kind's seeds than to other kinds' come
+        first, shuffled: a sentence without a drug is no input for a task on drugs."""
+        others = [k for k in self.kinds if k.unit == "sentence" and k.id != kind.id]
+        if self.embed is None or not others or self.recipe.instructions.material != "nearest":
+            return found
+        pool = found[: 4 * wanted]
+        vectors = self.embed([material.text for material in pool])
+
+        def nearness(seeds: Sequence[Any]) -> np.ndarray:
+            similar = vectors @ self.embed([seed.input for seed in seeds]).T  # type: ignore[misc]
+            return np.sort(similar, axis=1)[:, -3:].mean(axis=1)
+
+        score = nearness(kind.seeds) - np.max([nearness(other.seeds) for other in others], axis=0)
+        order = np.argsort(-score, kind="stable")
+        half = [int(i) for i in order[: max(wanted, len(order) // 2)]]
+        random.Random(number_of(self.recipe.seed, "matching", kind.id)).shuffle(half)
+        chosen = set(half)
+        return [pool[i] for i in half] + [m for i, m in enumerate(pool) if i not in chosen] + found[len(pool) :]
 
     # candidates
 
