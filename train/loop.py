@@ -39,6 +39,7 @@ from .schedule import SCHEDULES, learning_rate_factor
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 METRICS_FILE = "metrics.jsonl"
+ADAPTER_FILE = "adapter_model.safetensors"
 RESULT_FILE = "train.json"
 _WITHOUT_EFFECT = ("checkpoint_interval", "checkpoint_seconds")  # on what comes out: a run may go on with others
 
@@ -382,7 +383,9 @@ class Trainer:
     def _fingerprint(self) -> str:
         settings = {k: v for k, v in asdict(self.config).items() if k not in _WITHOUT_EFFECT}
         rows = fingerprint_examples(self.examples) + fingerprint_examples(self.val_examples)
-        shape = f"{self.lora.flat.numel()} {self.lora.dtype} {self.model.config}"
+        sample = self.model.embedding.flatten()[:: max(1, self.model.embedding.numel() // 4096)]
+        mark = hashlib.sha256(sample.float().cpu().numpy().tobytes()).hexdigest()  # two bases may have one shape
+        shape = f"{self.lora.flat.numel()} {self.lora.dtype} {self.model.config} {mark}"
         return hashlib.sha256(f"{json.dumps(settings, sort_keys=True)}|{rows}|{shape}".encode()).hexdigest()[:16]
 
     def _save(self) -> None:
@@ -447,7 +450,7 @@ class Trainer:
             content = json.loads((self.out / RESULT_FILE).read_text(encoding="utf-8"))
         except (FileNotFoundError, json.JSONDecodeError):
             return None
-        if content.pop("fingerprint", None) != self.fingerprint:
+        if content.pop("fingerprint", None) != self.fingerprint or not (self.out / ADAPTER_FILE).exists():
             (self.out / RESULT_FILE).unlink()
             return None
         content.pop("config")

@@ -6,6 +6,7 @@ from models import rows
 from specialize.engine.adapter import load_adapter, merge_adapter
 from specialize.engine.batch import Batch
 from specialize.engine.model import Model
+from specialize.kernels.cross_entropy import linear_cross_entropy
 from specialize.train.data import build_micro_batches
 from specialize.train.lora import TrainableLora, adaptable_names
 
@@ -179,3 +180,26 @@ def test_dropout_repeats_for_a_seed_and_is_off_outside_training(tiny):
     plain = logits_of_ours(ours, ids, lora)
     lora.dropout = 0.0
     assert torch.equal(plain, logits_of_ours(ours, ids, lora))
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Mpt"])
+def test_the_path_of_a_gpu_gives_the_same_gradients(kind, tiny):
+    """All kernels of the training path under Triton's interpreter (or on the GPU) against torch."""
+    _, reference = tiny(kind)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kernels = Model(reference.config, dict(reference.tensors()), device=device, inference=False, backend="triton")
+    gradients = []
+    for model in (reference, kernels):
+        lora = TrainableLora(model, rank=4, alpha=8)
+        generator = torch.Generator().manual_seed(1)
+        for _, b in lora.part_matrices().values():
+            b.copy_(torch.randn(b.shape, generator=generator) * 0.1)
+        lora.refresh()
+        (part,) = build_micro_batches(rows(3), max_batch_tokens=1000, device=model.device)
+        hidden = model.forward(part.batch, adapters=lora)
+        linear_cross_entropy(
+            hidden[part.loss_rows], model.head_weight, part.targets, weights=part.weights, backend=model.backend
+        ).backward()
+        lora.collect()
+        gradients.append(lora.gradient.cpu())
+    assert torch.linalg.norm(gradients[0] - gradients[1]) <= 1e-4 * torch.linalg.norm(gradients[0])
