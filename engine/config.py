@@ -111,6 +111,13 @@ class ModelConfig:
         """The sliding window of one layer, None where it sees everything."""
         return None if layer_id in self.full_attention_layers else self.sliding_window
 
+    def to_dict(self) -> dict[str, Any]:
+        """A Hugging Face config.json of this model, which `from_dict` reads back as the same config.
+
+        Raises InputError for rope frequency factors, which that format cannot express.
+        """
+        return _mpt_dict(self) if self.architecture == "mpt" else _llama_dict(self)
+
     @staticmethod
     def from_folder(path: str | Path) -> ModelConfig:
         """Reads a Hugging Face folder: ``config.json``, and ``generation_config.json`` for further end-of-text ids."""
@@ -141,6 +148,101 @@ class ModelConfig:
             eos_token_ids=tuple(dict.fromkeys(eos)),
             **fields,
         )
+
+
+def _tokens_dict(c: ModelConfig) -> dict[str, Any]:
+    ids = list(c.eos_token_ids)
+    return {"bos_token_id": c.bos_token_id, "eos_token_id": ids[0] if len(ids) == 1 else ids or None}
+
+
+def _llama_dict(c: ModelConfig) -> dict[str, Any]:
+    family = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[c.architecture]
+    raw: dict[str, Any] = {
+        "architectures": [family + "ForCausalLM"],
+        "model_type": c.architecture,
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "num_hidden_layers": c.num_layers,
+        "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.num_kv_heads,
+        "head_dim": c.head_dim,
+        "max_position_embeddings": c.max_context,
+        "hidden_act": "silu",
+        "rms_norm_eps": c.norm_eps,
+        "rope_theta": c.rope_theta,
+        "attention_bias": c.qkv_bias and c.architecture != "qwen2",
+        "mlp_bias": c.mlp_bias,
+        "tie_word_embeddings": c.tied_embeddings,
+        "sliding_window": c.sliding_window,
+        **_tokens_dict(c),
+    }
+    if c.sliding_window is not None and c.architecture in ("qwen2", "qwen3"):
+        types = [("full" if c.window(i) is None else "sliding") + "_attention" for i in range(c.num_layers)]
+        raw |= {"use_sliding_window": True, "layer_types": types}
+    s = c.rope_scaling
+    if s is not None:
+        if s.kind == "factors":
+            raise InputError(
+                "rope frequency factors of a GGUF file cannot be written to a config.json; use the file itself"
+            )
+        raw["rope_scaling"] = {"rope_type": s.kind, "factor": s.factor}
+        if s.kind != "linear":
+            raw["rope_scaling"]["original_max_position_embeddings"] = s.original_max_context
+        if s.kind == "llama3":
+            raw["rope_scaling"] |= {"low_freq_factor": s.low_freq_factor, "high_freq_factor": s.high_freq_factor}
+        if s.kind == "yarn":
+            names = ("beta_fast", "beta_slow", "truncate", "attention_factor")
+            raw["rope_scaling"] |= {name: getattr(s, name) for name in names}
+    return raw
+
+
+def _mpt_dict(c: ModelConfig) -> dict[str, Any]:
+    grouped = c.num_kv_heads != c.num_heads
+    attn: dict[str, Any] = {
+        "attn_type": "grouped_query_attention" if grouped else "multihead_attention",
+        "alibi": c.position == "alibi",
+        "alibi_bias_max": int(c.alibi_bias_max) if c.alibi_bias_max.is_integer() else c.alibi_bias_max,
+        "clip_qkv": c.clip_qkv,
+        "qk_ln": c.qk_norm == "full",
+        "softmax_scale": c.softmax_scale,
+    }
+    extra: dict[str, Any] = {"kv_n_heads": c.num_kv_heads} if grouped else {}
+    if c.qk_norm == "head":
+        extra["qk_gn"] = True
+    if not c.fused_qkv_checkpoint:
+        extra["fused_qkv"] = False
+    if c.head_dim * c.num_heads != c.hidden_size:
+        extra["head_dim"] = c.head_dim
+    if c.sliding_window:
+        extra["sliding_window_size"] = c.sliding_window
+    if c.position == "rope":
+        extra |= {"rope": True, "rope_theta": c.rope_theta}
+        if c.rope_scaling is not None:
+            extra |= {"rope_impl": "hf", "rope_hf_config": {"type": "linear", "factor": c.rope_scaling.factor}}
+    raw: dict[str, Any] = {
+        "architectures": ["MptForCausalLM"],
+        "model_type": "mpt",
+        "vocab_size": c.vocab_size,
+        "d_model": c.hidden_size,
+        "n_layers": c.num_layers,
+        "n_heads": c.num_heads,
+        "max_seq_len": c.max_context,
+        "layer_norm_epsilon": c.norm_eps,
+        "norm_type": f"low_precision_{c.norm}",
+        "no_bias": not c.qkv_bias,
+        "learned_pos_emb": c.position == "learned",
+        "logit_scale": None if c.logit_scale == 1.0 else c.logit_scale,
+        "tie_word_embeddings": c.tied_embeddings,
+        "attn_config": attn | extra,
+        **_tokens_dict(c),
+    }
+    if c.intermediate_size % c.hidden_size == 0:
+        raw["expansion_ratio"] = c.intermediate_size // c.hidden_size
+    if c.mlp == "geglu" or c.intermediate_size % c.hidden_size:
+        kind = "mptglu" if c.mlp == "geglu" else "mptmlp"
+        raw["ffn_config"] = {"ffn_type": kind, "ffn_hidden_size": c.intermediate_size}
+    return raw
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Checkpoints written anew as safetensors: released ``.bin`` shards, or any tensors under their checkpoint names.
+"""Checkpoints written anew as safetensors folders: released ``.bin`` shards, GGUF files.
 
 ``.bin`` files are pickles; torch's ``weights_only`` reader admits tensors and nothing else. Output appears whole or not
 at all.
@@ -7,6 +7,7 @@ at all.
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -20,7 +21,9 @@ from safetensors.torch import save_file
 from specialize.errors import InputError
 
 from .config import ModelConfig, read_json
+from .gguf import GGUFFile
 from .layout import expected_tensors
+from .tokenizer import tokenizer_from_gguf
 from .weights import SafetensorsFolder, check_tensors
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -84,38 +87,63 @@ def convert(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     on_tensor: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Writes a model folder with safetensors from one with ``.bin`` or safetensors files; returns it.
+    """Writes a model folder with safetensors from one with ``.bin`` or safetensors files, or from a ``.gguf`` file.
 
-    ``dtype`` casts the weights. ``on_tensor(done_bytes, total_bytes)`` reports progress. Raises InputError where the
-    source is not a whole, known model, the target exists, or the disk has too little room.
+    ``dtype`` casts the weights; those of GGUF files are dequantised to fp32 unless it says otherwise.
+    ``on_tensor(done_bytes, total_bytes)`` reports progress. Raises InputError where the source is not a whole, known
+    model, the target exists, or the disk has too little room.
     """
     source = Path(source)
-    config = ModelConfig.from_folder(source)
-    has_safetensors = any(source.glob("*.safetensors"))
-    tensors = SafetensorsFolder(source) if has_safetensors else BinFolder(source)
-    shapes = {n: s for n, s in tensors.shapes.items() if not n.endswith(".inv_freq")}
-    check_tensors(shapes, config, str(source))
-    wanted = {name: tensors[name] for name in expected_tensors(config)} if not has_safetensors else tensors
+    if source.suffix == ".gguf":
+        file = GGUFFile(source)
+        config = file.config
+        check_tensors(file.shapes, config, str(source))
+        tokenizer, raw = tokenizer_from_gguf(file.metadata, str(source)), config.to_dict()
+        if ModelConfig.from_dict(raw, source=str(source)) != config:
+            raise InputError(f"{source}: this model cannot be described by a config.json; use the file itself")
+        raw["dtype"] = str(dtype or torch.float32).removeprefix("torch.")
+
+        def companions(folder: Path) -> None:
+            (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+            tokenizer.save(folder)
+
+        tensors: Mapping[str, torch.Tensor] = file
+        itemsizes = dict.fromkeys(file, 4)
+    else:
+        config = ModelConfig.from_folder(source)
+        reader = SafetensorsFolder(source) if any(source.glob("*.safetensors")) else BinFolder(source)
+        check_tensors({n: s for n, s in reader.shapes.items() if not n.endswith(".inv_freq")}, config, str(source))
+        tensors, itemsizes = reader, {name: reader[name].itemsize for name in expected_tensors(config)}
+
+        def companions(folder: Path) -> None:
+            _copy_companions(source, folder, dtype)
+
+    sizes = {}
+    for name, shape in expected_tensors(config).items():
+        sizes[name] = math.prod(shape) * (dtype.itemsize if dtype is not None else itemsizes[name])
     return write_folder(
-        target, config, wanted, copy_from=source, dtype=dtype, max_shard_bytes=max_shard_bytes, on_tensor=on_tensor
+        target, tensors, sizes, companions, dtype=dtype, max_shard_bytes=max_shard_bytes, on_tensor=on_tensor
     )
 
 
 def write_folder(
     target: str | Path,
-    config: ModelConfig,
     tensors: Mapping[str, torch.Tensor],
+    sizes: Mapping[str, int],
+    write_companions: Callable[[Path], None],
     *,
-    copy_from: Path,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     on_tensor: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Writes the config's tensors as one model folder, with the companions (config, tokenizer) of ``copy_from``."""
+    """Writes the tensors that ``sizes`` names (name -> bytes, in order) as one model folder, whole or not at all.
+
+    ``write_companions(folder)`` adds config and tokenizer.
+    """
     target = Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target}: exists already; give a new folder")
-    shards = _plan(config, tensors, dtype, max_shard_bytes)
+    shards = _plan(sizes, max_shard_bytes)
     total = sum(size for shard in shards for _, size in shard)
     target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target.parent).free
@@ -139,7 +167,7 @@ def write_folder(
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-        _copy_companions(copy_from, partial, dtype)
+        write_companions(partial)
         partial.chmod(0o755)
         if target.exists():
             target.rmdir()
@@ -150,15 +178,11 @@ def write_folder(
     return target
 
 
-def _plan(
-    config: ModelConfig, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None, max_shard_bytes: int
-) -> list[list[tuple[str, int]]]:
-    """Names and sizes in bytes, in the model's order, cut into shards."""
+def _plan(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[tuple[str, int]]]:
+    """Names and sizes in bytes, in the given order, cut into shards."""
     shards: list[list[tuple[str, int]]] = [[]]
     room = max_shard_bytes
-    for name in expected_tensors(config):
-        tensor = tensors[name]
-        size = tensor.numel() * (dtype or tensor.dtype).itemsize
+    for name, size in sizes.items():
         if shards[-1] and size > room:
             shards.append([])
             room = max_shard_bytes

@@ -66,6 +66,19 @@ class _Cursor:
         start = self.take(size)
         return self.data[start : start + size].decode("utf-8", errors="replace")
 
+    def _strings(self, count: int) -> list[str]:
+        """As `string`, ``count`` times: vocabularies and merges are the bulk of a header."""
+        data, at, end, strings = self.data, self.at, len(self.data) - 8, []
+        read = struct.Struct("<Q").unpack_from
+        for _ in range(count):
+            stop = at + 8 + (read(data, at)[0] if at <= end else end + 1)
+            if stop > end + 8:
+                self.take(-1)
+            strings.append(data[at + 8 : stop].decode("utf-8", errors="replace"))
+            at = stop
+        self.at = at
+        return strings
+
     def value(self, kind: int, depth: int = 0) -> Any:
         if kind in _SCALARS:
             return self.scalar(_SCALARS[kind])
@@ -78,6 +91,8 @@ class _Cursor:
                 start = self.take(count * form.itemsize)
                 return np.frombuffer(self.data, form, count, start).tolist()
             self.take(0 if count <= len(self.data) - self.at else -1)
+            if item_kind == _STRING:
+                return self._strings(count)
             return [self.value(item_kind, depth + 1) for _ in range(count)]
         raise InputError(f"{self.source}: metadata has a value of unknown type {kind}; the file is corrupted")
 

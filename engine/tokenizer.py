@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,18 @@ class Tokenizer:
         if all(c in self._alphabet for c in token):
             return bytes(self._alphabet[c] for c in token)
         return token.encode()
+
+    def save(self, folder: Path) -> None:
+        """Writes tokenizer.json and tokenizer_config.json, from which `from_pretrained` makes the same tokenizer."""
+        self.backend.save(str(folder / "tokenizer.json"))
+        options: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        for name, ids in (("bos_token", [self.bos_id]), ("eos_token", self.eos_ids)):
+            if ids and ids[0] is not None:
+                options[name] = self.backend.id_to_token(ids[0])
+        if self.chat_template is not None:
+            options["chat_template"] = self.chat_template
+        text = json.dumps(options, indent=2, ensure_ascii=False)
+        (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any

@@ -139,3 +139,27 @@ def test_gguf_frequency_factors_divide():
 def test_parameters_are_counted():
     config = read(llama_dict())
     assert num_parameters(config) == sum(math.prod(shape) for shape in expected_tensors(config).values())
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        llama_dict(),
+        llama_dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True, eos_token_id=[2, 3]),
+        llama_dict(model_type="mistral", sliding_window=7, head_dim=16),
+        llama_dict(model_type="qwen2", use_sliding_window=True, sliding_window=7, max_window_layers=1),
+        llama_dict(model_type="qwen3", head_dim=16),
+        llama_dict(rope_scaling={"rope_type": "linear", "factor": 2.0}),
+        llama_dict(rope_scaling={"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 2.0}),
+        llama_dict(rope_scaling={"rope_type": "yarn", "factor": 2.0, "beta_fast": 20, "truncate": False}),
+        mpt_dict(),
+        mpt_dict(no_bias=False, logit_scale=0.5, tie_word_embeddings=False, attn={"alibi_bias_max": 16, "clip_qkv": 6}),
+        mpt_dict(attn={"attn_type": "grouped_query_attention", "kv_n_heads": 2, "qk_ln": True}),
+        mpt_dict(attn={"alibi": False, "rope": True, "rope_theta": 500, "fused_qkv": False, "qk_gn": True}),
+        mpt_dict(attn={"alibi": False}, norm_type="rmsnorm", ffn_config={"ffn_type": "mptglu", "ffn_hidden_size": 40}),
+        mpt_dict(attn={"alibi": False, "sliding_window_size": 9}, learned_pos_emb=False, expansion_ratio=2),
+    ],
+)
+def test_a_written_config_reads_back_the_same(raw):
+    config = read(raw)
+    assert read(json.loads(json.dumps(config.to_dict()))) == config

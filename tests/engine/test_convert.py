@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from specialize.engine.batch import Batch
 from specialize.engine.convert import convert
 from specialize.engine.model import Model
+from specialize.engine.tokenizer import Tokenizer
+from specialize.engine.weights import open_checkpoint
 
 from specialize.errors import InputError
 
@@ -82,6 +84,28 @@ def test_tied_and_derived_tensors_are_dropped(tmp_path):
     tied["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
     torch.save(tied, tmp_path / "src" / "pytorch_model.bin")
     assert set(load_file(convert(tmp_path / "src", tmp_path / "dst") / "model.safetensors")) == set(tensors)
+
+
+def test_gguf_files_become_folders_that_transformers_reads(tmp_path):
+    from test_gguf import write_gguf
+    from test_tokenizer import sentencepiece_metadata
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    save_folder(tmp_path / "src", llama_dict(vocab_size=400))
+    config, tensors = open_checkpoint(tmp_path / "src")
+    file = write_gguf(tmp_path / "m.gguf", config, dict(tensors), extra=sentencepiece_metadata(True))
+    out = convert(file, tmp_path / "dst")
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    ours, from_file = Tokenizer.from_pretrained(out), Tokenizer.from_pretrained(file)
+    their_tokenizer = AutoTokenizer.from_pretrained(out)
+    for text in ("the cat sat", " on the mat", "naïve 日本"):
+        ids = from_file.encode(text)
+        assert ids == ours.encode(text) == their_tokenizer.encode(text)
+        logits = [m.logits(m.forward(Batch.packed([ids]))) for m in map(Model.from_pretrained, (file, out))]
+        with torch.no_grad():
+            assert torch.equal(*logits) and (logits[0] - theirs(torch.tensor([ids])).logits[0]).abs().max() < 1e-4
+    half = convert(file, tmp_path / "half", dtype=torch.bfloat16)
+    assert (half / "model.safetensors").stat().st_size < (out / "model.safetensors").stat().st_size * 0.6
 
 
 class Evil:

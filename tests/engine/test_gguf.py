@@ -64,7 +64,9 @@ def write_gguf(path, config: ModelConfig, tensors, quantise=None, extra=None):
         writer.add_rope_dimension_count(config.head_dim)
         writer.add_key_length(config.head_dim)
     for key, value in (extra or {}).items():
-        {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}[type(value)](key, value)
+        {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32, list: writer.add_array}[
+            type(value)
+        ](key, value)
     for name, tensor in tensors.items():
         if config.architecture == "llama" and ("q_proj" in name or "k_proj" in name):
             tensor = interleave(tensor, config.num_heads if "q_proj" in name else config.num_kv_heads)
