@@ -61,7 +61,6 @@ class Responses:
     temperature: float = 0.7
     top_p: float = 0.95
     max_tokens: int = 128
-    vote_share: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -179,7 +178,6 @@ _BOUNDS: dict[str, tuple[float, float | None]] = {
     "responses.temperature": (0, 10),
     "responses.top_p": (0.01, 1),
     "responses.max_tokens": (1, None),
-    "responses.vote_share": (0, 1),
     "filter.rouge_l": (0.01, 1),
     "filter.min_words": (1, None),
     "filter.max_words": (1, None),

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from . import filter as rules
-from .kinds import Kind, agreement, consensus, form_fault, split_fields
+from .kinds import Kind, agreement, consensus, split_fields
 from .ledger import Item, Ledger, Reply
 from .metrics import entities, normalise
 from .prompts import STOP, clean_reply, input_prompt, instruction_prompt, parse_instruction, response_prompt
@@ -562,7 +562,7 @@ class Synthesizer:
     # judgement
 
     def judge(self, item: Item, replies: Sequence[Reply]) -> tuple[Verdict, str, float]:
-        """(verdict, answer, agreement) of an answered item: each sample is checked, the sound ones vote."""
+        """(verdict, answer, agreement) of an answered item: half of the samples must be sound, one of them is taken."""
         settings = self.recipe.filter
         kind = self.kind_named(item.kind)
         texts = [clean_reply(reply.raw) for reply in replies]
@@ -576,7 +576,7 @@ class Synthesizer:
             rules.check_reply(
                 text,
                 item.input,
-                kind=None if kind is not None and kind.form in ("entities", "list") else kind,
+                kind=kind,
                 finish_reason=reply.finish_reason,
                 demonstrations=demonstrations if kind is None or kind.form == "text" else (),
                 max_words=settings.max_response_words,
@@ -587,22 +587,14 @@ class Synthesizer:
         if 2 * len(sound) < len(texts):
             first = next(v for v in verdicts if not v.kept)
             return first, texts[0], 0.0
-        if kind is not None and kind.form in ("entities", "list"):
-            sound = [self._sound_parts(kind, text, item.input) for text in sound]
         score = agreement(kind, sound)
-        answer = consensus(kind, sound, item.input, share=self.recipe.responses.vote_share)
-        verdict = rules.check_reply(answer, item.input, kind=kind, max_words=settings.max_response_words)
+        answer = consensus(kind, sound)
+        verdict = Verdict(True)
         if verdict.kept and score < settings.min_agreement:
             verdict = Verdict(False, rules.LOW_AGREEMENT, f"{score:.2f}")
         if verdict.kept and self.overlap is not None and (hits := self.overlap.hits(item.input)):
             verdict = Verdict(False, rules.OVERLAP, ", ".join(sorted({name for name, _ in hits})))
         return verdict, answer, score
-
-    @staticmethod
-    def _sound_parts(kind: Kind, text: str, input: str) -> str:
-        """A sample's list without the parts that no seed's answer could hold; the others still have their vote."""
-        parts = [f"{name} <{type_}>" if type_ else name for name, type_ in entities(text)]
-        return ", ".join(part for part in parts if not form_fault(kind, part, input))
 
     def select(self, judged: Sequence[tuple[Item, Verdict, str, float]]) -> list[tuple[Item, Verdict, str, float]]:
         """Cut what passed to the recipe's number: by kind in equal shares, within a kind by agreement, labels in the

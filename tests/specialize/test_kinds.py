@@ -42,23 +42,18 @@ def test_fields():
     assert split_fields("no field here") is None
 
 
-def test_consensus_of_entities_is_a_vote_in_the_order_of_the_input():
+def test_consensus_of_entities_is_the_sample_nearest_to_the_others():
     [kind] = kinds_of(NER)
-    samples = [
-        "fever <Disease>, gout <Disease>",
-        "gout <Disease>",
-        "Fever <Disease>, nine <Disease>",
-        "gout <Disease>, fever <Disease>",
-    ]
-    assert consensus(kind, samples, SENTENCE) == "gout <Disease>, fever <Disease>"
-    assert consensus(kind, samples, SENTENCE, share=1.0) == ""
+    samples = ["nine <Disease>", "gout <Disease>, fever <Disease>", "gout <Disease>", "fever <Disease>, gout <Disease>"]
+    assert consensus(kind, samples) == "gout <Disease>, fever <Disease>"
+    assert consensus(kind, []) == ""
 
 
 def test_consensus_of_labels_and_texts():
     [qa] = kinds_of(QA)
-    assert consensus(qa, ["yes", "no", "No"], "") == "no"
-    assert consensus(qa, ["yes", "no"], "") == "yes"  # the earlier sample wins a tie
-    assert consensus(None, ["a b c d", "a b c e", "x y"], "") == "a b c d"
+    assert consensus(qa, ["yes", "no", "No"]) == "no"
+    assert consensus(qa, ["yes", "no"]) == "yes"  # the earlier sample wins a tie
+    assert consensus(None, ["a b c d", "a b c e", "x y"]) == "a b c d"
 
 
 def test_agreement():

@@ -127,13 +127,16 @@ def replies(*raws, finish="stop"):
 
 
 def test_votes_and_verdicts():
-    one = maker("filter.min_agreement=0.5")
-    verdict, answer, score = one.judge(
-        item(0), replies("gout <Disease>, plague <Disease>", "gout <Disease>", "gout <Disease>, flu <Disease>")
-    )
-    assert (verdict.kept, answer) == (True, "gout <Disease>")  # the plague is nowhere in the input and has no vote
+    one = maker("filter.min_agreement=0.4")
+    samples = ("gout <Disease>, plague <Disease>", "gout <Disease>", "gout <Disease>, flu <Disease>", "gout <Disease>")
+    verdict, answer, score = one.judge(item(0), replies(*samples))
+    assert (verdict.kept, answer) == (True, "gout <Disease>")  # the plague is nowhere in the input
     assert 0.5 < score < 1
     assert one.judge(item(0), replies("gout <Disease>", "flu <Disease>"))[0].reason == rules.LOW_AGREEMENT
+    assert (
+        one.judge(item(0), replies("plague <Disease>", "gout <Cell>", "gout <Disease>"))[0].reason
+        == "span not in the input"
+    )
     assert one.judge(item(0), replies("", "", "gout <Disease>"))[0].reason == rules.EMPTY
     assert one.judge(item(0), replies("gout <Disease>", finish="length"))[0].reason == rules.CUT_OFF
     assert one.judge(item(0), [])[0].reason == rules.TOO_LONG_PROMPT
