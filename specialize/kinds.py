@@ -171,8 +171,8 @@ def agreement(kind: Kind | None, texts: Sequence[str]) -> float:
 def consensus(kind: Kind | None, texts: Sequence[str]) -> str:
     """The answer of several samples: the commonest label, else the sample that agrees best with all the others.
 
-    Ties fall to the earlier sample. (Entities that half of the samples name were tried as an answer: they are right more
-    often, but so few that the list as a whole is worse than a single sample. See bench/LOG.md.)
+    Ties fall to the earlier sample. (Entities that half of the samples name were tried as an answer: they are
+    right more often, but so few that the list as a whole is worse than a single sample. See bench/LOG.md.)
     """
     if not texts:
         return ""
