@@ -229,39 +229,80 @@ def _channel_kernel(
     _finish(acc, token, channel, T, N, bias_ptr, y_ptr, parts_ptr, counter_ptr, HAS_BIAS, SPLITS)
 
 
-@lru_cache(maxsize=4)
-def lookup_assembly(dtype: torch.dtype) -> str:
+def _table_words(dtype: torch.dtype) -> list[list[int]]:
+    """The codebook in a 16-bit ``dtype`` as four words of low bytes and four of high bytes."""
+    values = [v & 0xFFFF for v in torch.tensor(CODEBOOK).to(dtype).view(torch.int16).tolist()]
+    return [
+        [sum(((values[4 * word + byte] >> shift) & 255) << (8 * byte) for byte in range(4)) for word in range(4)]
+        for shift in (0, 8)
+    ]
+
+
+@lru_cache(maxsize=16)
+def lookup_assembly(dtype: torch.dtype, halves_shuffled: int = 0) -> str:
     """PTX that turns a word of storage, eight codes, into their codebook values: four registers, each with the two
     neighbouring elements of one 16-element step; "" where the dtype has no 16-bit table.
 
-    ``prmt`` picks four bytes of eight by four-bit selectors, so a 16-entry table of bytes takes three: one on the
-    lower eight entries, one on the upper, one that chooses between them by the codes' top bits.
+    Two ways, which load different units. ``prmt`` picks four bytes of eight by four-bit selectors, so a 16-entry table
+    of bytes takes three: one on the lower eight entries, one on the upper, one that chooses by the codes' top bits.
+    ``shfl`` lets each lane hold one entry and fetches by lane number, one code at a time. ``halves_shuffled`` of a
+    word's two halves take the second way.
+
+    An xor with a zero that the compiler cannot see through (no lane's lower-lanes mask has bit 31) keeps half of the
+    table in ordinary registers: as uniform constants they would be moved there anew before each use.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return ""
-    values = [v & 0xFFFF for v in torch.tensor(CODEBOOK).to(dtype).view(torch.int16).tolist()]
+    words = _table_words(dtype)
     lines = [
-        ".reg .b32 s, q, t, u, low, high;",
-        "and.b32 s, $4, 0x77777777;",
-        "shr.u32 q, $4, 1;",
-        "lop3.b32 q, q, 0x44444444, 0x32103210, 0xEA;",
+        ".reg .b32 s, q, t, u, low, high, zero, table<4>, entry, n<8>;",
+        "mov.u32 zero, %lanemask_lt;",
+        "shr.u32 zero, zero, 31;",
+        *(f"xor.b32 table{2 * i + j}, zero, {words[i][2 * j]:#x};" for i in range(2) for j in range(2)),
     ]
-    for half in range(2):
-        if half:
-            lines += ["shr.u32 s, s, 16;", "shr.u32 q, q, 16;"]
-        for name, shift in (("low", 0), ("high", 8)):
-            entries = [(v >> shift) & 255 for v in values]
-            word = [sum(entries[4 * i + j] << (8 * j) for j in range(4)) for i in range(4)]
+
+    def permute(number: int) -> list[str]:
+        lines = [
+            "and.b32 s, t, 0x77777777;",
+            "shr.u32 q, t, 1;",
+            "lop3.b32 q, q, 0x44444444, 0x32103210, 0xEA;",
+        ]
+        for i, name in enumerate(("low", "high")):
             lines += [
-                f"prmt.b32 t, {word[0]:#x}, {word[1]:#x}, s;",
-                f"prmt.b32 u, {word[2]:#x}, {word[3]:#x}, s;",
+                f"prmt.b32 t, table{2 * i}, {words[i][1]:#x}, s;",
+                f"prmt.b32 u, table{2 * i + 1}, {words[i][3]:#x}, s;",
                 f"prmt.b32 {name}, t, u, q;",
             ]
-        lines += [f"prmt.b32 ${2 * half}, low, high, 0x5140;", f"prmt.b32 ${2 * half + 1}, low, high, 0x7362;"]
+        return [*lines, f"prmt.b32 n{number}, low, high, 0x5140;", f"prmt.b32 n{number + 1}, low, high, 0x7362;"]
+
+    if halves_shuffled:
+        lines += ["mov.u32 t, %laneid;", *permute(0), "prmt.b32 entry, n0, n0, 0x1010;"]
+    for half in range(2):
+        if half < halves_shuffled:
+            for i in range(4):
+                lines.append(f"shr.u32 s, $4, {16 * half + 4 * i};")
+                lines.append(f"shfl.sync.idx.b32 n{4 * half + i}, entry, s, 31, 0xffffffff;")
+            for i in range(2):
+                number = 4 * half + 2 * i
+                lines.append(f"prmt.b32 ${2 * half + i}, n{number}, n{number + 1}, 0x5410;")
+        else:
+            lines.append(f"shr.u32 t, $4, {16 * half};")
+            lines += permute(4 * half)
+            lines += [f"mov.b32 ${2 * half + i}, n{4 * half + i};" for i in range(2)]
     return "{" + " ".join(lines) + "}"
 
 
-DEFAULT = {"BN": 128, "BK": 128, "UNROLL": 2, "PER_SM": 4, "warps": 4, "stages": 3, "MAX_ROWS": 64}
+FEW_ROWS = {
+    "BN": 64,
+    "BK": 128,
+    "UNROLL": 2,
+    "SHUFFLED": 1,
+    "PER_SM": 4,
+    "warps": 2,
+    "stages": 3,
+    "MAX_ROWS": 128,
+}
+MORE_ROWS = FEW_ROWS | {"BK": 64, "UNROLL": 1, "warps": 4}
 _counters: dict[tuple[torch.device, int | str], torch.Tensor] = {}
 
 
@@ -286,7 +327,8 @@ def config_for(weight: QuantizedWeight, num_rows: int) -> Mapping[str, Any]:
     """Tiles for this weight's format and shape at this many rows."""
     kind = "nf4" if isinstance(weight, NF4Weight) else "fp8" if weight.values.dtype == torch.float8_e4m3fn else "int8"
     size = "large" if weight.shape[0] * weight.shape[1] > 1 << 25 else "small"
-    return tuned_config(OP, f"{kind} {size} {max(16, triton.next_power_of_2(num_rows))}", DEFAULT)
+    rows = max(16, min(128, triton.next_power_of_2(num_rows)))
+    return tuned_config(OP, f"{kind} {size} {rows}", FEW_ROWS if rows == 16 else MORE_ROWS)
 
 
 def _few_rows(
@@ -336,7 +378,7 @@ def _few_rows(
             x.stride(0),
             per_split,
             UNROLL=config["UNROLL"],
-            LOOKUP=lookup_assembly(x.dtype) if x.is_cuda else "",
+            LOOKUP=lookup_assembly(x.dtype, config["SHUFFLED"]) if x.is_cuda else "",
             **common,
         )
     else:
@@ -417,7 +459,7 @@ def _compile_cases(target: int) -> list[CompileCase]:
     pointers = {"bias_ptr": "*bf16", "y_ptr": "*bf16", "parts_ptr": "*fp32", "counter_ptr": "*i32"}
     for rows in (16, 64):
         for kind in ("nf4", "int8", "fp8"):
-            config = tuned_config(OP, f"{kind} large {rows}", DEFAULT)
+            config = tuned_config(OP, f"{kind} large {rows}", FEW_ROWS if rows == 16 else MORE_ROWS)
             constants = {"HAS_BIAS": True, "SPLITS": 4, "BN": config["BN"], "BT": rows, "PRECISION": "tf32"}
             if kind == "nf4":
                 kernel = _nf4_kernel
@@ -429,7 +471,7 @@ def _compile_cases(target: int) -> list[CompileCase]:
                     **pointers,
                     **dict.fromkeys(("T", "N", "num_blocks", "stride_x", "blocks_per_split"), "i32"),
                 }
-                constants |= {"LOOKUP": lookup_assembly(torch.bfloat16), "UNROLL": config["UNROLL"]}
+                constants |= {"LOOKUP": lookup_assembly(torch.bfloat16, config["SHUFFLED"]), "UNROLL": config["UNROLL"]}
                 attrs = dict.fromkeys(("N", "stride_x"), 16)
             else:
                 kernel = _channel_kernel
@@ -459,12 +501,13 @@ def _compile_cases(target: int) -> list[CompileCase]:
 
 def _tuning(case: Case) -> tuple[str, list[dict[str, Any]]]:
     size = "large" if case["out"] * case["in"] > 1 << 25 else "small"
-    bucket = f"{case['format']} {size} {max(16, triton.next_power_of_2(case['T']))}"
-    tiles = [(32, 64, 2), (64, 64, 4), (128, 64, 4), (128, 64, 8)]
+    rows = max(16, min(128, triton.next_power_of_2(case["T"])))
+    base = FEW_ROWS if rows == 16 else MORE_ROWS
+    tiles = [(32, 64, 2), (64, 64, 2), (64, 64, 4), (128, 64, 4), (128, 64, 8)]
     if case["format"] != "nf4":
-        tiles += [(64, 128, 4), (128, 128, 8)]
-    return bucket, [
-        {**DEFAULT, "BN": bn, "BK": bk, "warps": warps, "PER_SM": per_sm, "stages": stages}
+        tiles += [(64, 128, 2), (64, 128, 4), (128, 128, 8)]
+    return f"{case['format']} {size} {rows}", [
+        {**base, "BN": bn, "BK": bk, "warps": warps, "PER_SM": per_sm, "stages": stages}
         for bn, bk, warps in tiles
         for per_sm in (2, 4, 8)
         for stages in (3, 5)

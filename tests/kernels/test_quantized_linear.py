@@ -40,10 +40,10 @@ def test_sweep(num_rows, num_in, num_out, form):
 @pytest.mark.parametrize("form", QUANTIZERS)
 def test_the_sum_over_programs_is_complete(form):
     """Many programs share a row's channels; the counter that finds the last one is left as it was."""
-    from specialize.kernels.quantized_linear import DEFAULT
+    from specialize.kernels.quantized_linear import FEW_ROWS
 
     case = {"T": 3, "in": 2048, "out": 40, "format": form}
-    with override("quantized_linear", f"{form} small 16", DEFAULT | {"PER_SM": 64}):
+    with override("quantized_linear", f"{form} small 16", FEW_ROWS | {"PER_SM": 64}):
         prove(SPEC, case, torch.float32)
 
 
