@@ -164,6 +164,7 @@ def write_folder(
                 if on_tensor is not None:
                     on_tensor(done, total)
             save_file(content, partial / file_name, metadata={"format": "pt"})
+            (partial / file_name).chmod(0o644)  # the package makes files that only their owner reads
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))

@@ -22,6 +22,7 @@ from ..kernels.sampling import sample
 from .adapter import AdapterPool, load_adapter, merge_adapter
 from .batch import Batch, build_step
 from .cache import KVCache, plan_pages
+from .decode_graph import DecodeGraphs
 from .model import Model
 from .pages import PageAllocator
 from .sampler import Completion, Request, SamplingParams, stream_key
@@ -89,6 +90,7 @@ class Generator:
         self.max_context = min(max_context, num_pages * config.page_size)
         self.allocator = PageAllocator(num_pages, config.page_size)
         self.cache = KVCache(model.config, num_pages, config.page_size, model.dtype, model.device)
+        self._graphs = DecodeGraphs(model, self.cache, self.max_context)
         self.stats = Stats()
         self._pool = AdapterPool(model)
         self._adapters: dict[str, tuple[int, bytes]] = {}  # name → slot, fingerprint
@@ -329,6 +331,7 @@ class Generator:
         except torch.cuda.OutOfMemoryError:
             # The plan left too little room for activations: try again with smaller steps.
             self.stats.out_of_memory += 1
+            self._graphs.drop()
             self.allocator.forget_contents()
             scheduler.preempt_all()
             torch.cuda.empty_cache()
@@ -356,11 +359,13 @@ class Generator:
         if batch.adapter_index is not None:
             sequences = [s.adapter_id for s in plan.decodes] + [c.sequence.adapter_id for c in plan.chunks]
             adapters = self._pool.select(sequences)
-        hidden = self.model.forward(batch, self.cache, adapters)
-        if not plan.sampled:
-            return np.empty(0, np.int64), np.empty(0, np.float32), {}
-        last = settings["last"]
-        logits = self.model.logits(hidden if len(plan.sampled) == batch.num_tokens else hidden[last])
+        all_sampled = len(plan.sampled) == batch.num_tokens
+        logits = self._graphs.logits(batch) if all_sampled else None
+        if logits is None:
+            hidden = self.model.forward(batch, self.cache, adapters)
+            if not plan.sampled:
+                return np.empty(0, np.int64), np.empty(0, np.float32), {}
+            logits = self.model.logits(hidden if all_sampled else hidden[settings["last"]])
         penalised = bool((rows.repetition_penalty[plan.sampled_rows] != 1.0).any())
         ids, logprobs = sample(
             logits,

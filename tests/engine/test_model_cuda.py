@@ -67,3 +67,31 @@ def test_embedder_on_the_device(minilm):
     truth = Embedder.from_pretrained(minilm).embed(texts)
     rough = Embedder.from_pretrained(minilm, torch.bfloat16, "cuda").embed(texts)
     assert (truth * rough).sum(1).min() > 0.999
+
+
+@pytest.mark.parametrize("name", ["llama", "mpt clip, qk_ln, biases"])
+@torch.inference_mode()
+def test_recorded_decodes_equal_launched_ones(name, tmp_path):
+    from specialize.engine.decode_graph import RECORD_AT_USE, DecodeGraphs
+
+    save_folder(tmp_path, CASES[name])
+    model = Model.from_pretrained(tmp_path, dtype=torch.bfloat16, device="cuda")
+    sequences = random_sequences(97, (40, 33, 47, 21, 60, 10, 29))
+    plain, recorded = (Pages(model, len(sequences), 64, page_size=16) for _ in range(2))
+    graphs = DecodeGraphs(model, recorded, max_context=64)
+    for pages in (plain, recorded):
+        model.forward(pages.batch([(s, 0, ids[:10]) for s, ids in enumerate(sequences)]), pages)
+    used = 0
+    for at in range(10, 60):
+        live = [s for s, ids in enumerate(sequences) if len(ids) > at]
+        if not live:
+            break
+        chunks = [(s, at, [sequences[s][at]]) for s in live]
+        expected = model.logits(model.forward(plain.batch(chunks), plain))
+        logits = graphs.logits(recorded.batch(chunks))
+        if logits is None:
+            logits = model.logits(model.forward(recorded.batch(chunks), recorded))
+        else:
+            used += 1
+        assert worst_row(logits, expected.double().cpu()) < 2.0**-6
+    assert used > 20 and RECORD_AT_USE == 3
