@@ -553,7 +553,7 @@ def generate(common: Common, prompt: str | None, model: str, adapter: str | None
     if o["prompts"] is not None:
         stats = generate_file(generator, o["prompts"], o["out"], params, adapter=name, reporter=common.reporter)
         shown: Any = stats
-        rate = stats["generated_tokens_per_second"]
+        rate = stats["tokens_per_second"]
         text = f"{o['out']}: {stats['generated_tokens']:,} tokens in {stats['seconds']:.1f} s ({rate:,.0f} a second)"
     else:
         import time

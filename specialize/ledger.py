@@ -92,6 +92,8 @@ class Ledger:
             self._db.execute("PRAGMA synchronous=NORMAL")
             self._db.executescript(_SCHEMA)
         except sqlite3.DatabaseError as error:
+            if "full" in str(error):
+                raise
             raise InputError(f"{self.path}: not a usable ledger ({error}); choose another --out folder") from None
         found = self.meta("format")
         if found is None:
