@@ -2,7 +2,9 @@
 //
 // One parallel region per call over (sequence, key/value head, block of queries). Keys are taken in tiles of 64 positions,
 // counted from position 0, with an online softmax in fp32. All that is summed for one query and head is summed in an order
-// that depends on its own position alone, so a row's result is the same bits whatever batch, chunk or page size it runs in.
+// that depends on its own position alone, so a row's result is the same bits whatever batch, chunk or page size it runs in
+// (but a chunk of one query takes a path of its own). Longer chunks in bf16 run on matrix tiles where the CPU has them, and
+// there the softmax weights are rounded to bf16.
 // dtype: 0 fp32, 1 bf16, 2 fp16, for queries, caches and output alike.
 
 #include <algorithm>
@@ -16,6 +18,8 @@
 #include <immintrin.h>
 #endif
 
+#include "gemm_bf16.h"
+#include "softmax_bf16.h"
 #include "vectors.h"
 
 namespace {
@@ -25,6 +29,13 @@ constexpr int VECS = TILE / 16;
 constexpr int ROWS = 6;        // query rows that a micro kernel keeps in registers
 constexpr int DECODE_ROWS = 4; // heads of one query that a micro kernel takes at once
 constexpr int BLOCK_ROWS = 96; // query rows (queries x heads of the group) of one prefill item
+constexpr int TILED_ROWS = 192;     // the same on matrix tiles
+constexpr int64_t KEY_CHUNK = 256;  // keys of one product on matrix tiles
+#if defined(HAVE_AMX) || defined(__AVX512BF16__)
+constexpr bool HAVE_TILES = true;
+#else
+constexpr bool HAVE_TILES = false;
+#endif
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
 struct Call {
@@ -360,6 +371,118 @@ void run_decode(const Call& c, const Item& item) {
     }
 }
 
+// Words of 16 bf16 pairs as they lie in memory; what is beyond `left` elements is zero.
+inline vec load_words(const bf16* from, int64_t left) {
+    bf16 some[32] = {};
+    vec v;
+    if (left >= 32) {
+        std::memcpy(&v, from, sizeof v);
+    } else {
+        std::memcpy(some, from, left * sizeof(bf16));
+        std::memcpy(&v, some, sizeof v);
+    }
+    return v;
+}
+
+inline uvec load_bits(const bf16* from, int64_t left) {
+    halves h = {};
+    std::memcpy(&h, from, std::min<int64_t>(left, 16) * sizeof(bf16));
+    return __builtin_convertvector(h, uvec);
+}
+
+// A chunk's keys as words [dims / 2][KEY_CHUNK] and its values as words [width / 2][dims], zeros beyond `count` tokens.
+void pack_chunk(const Call& c, const int64_t* rows, int64_t kv_head, int64_t count, int64_t width, int64_t dims, uint32_t* keys,
+                uint32_t* values) {
+    const bf16* k_cache = static_cast<const bf16*>(c.k_cache) + kv_head * c.head_stride;
+    const bf16* v_cache = static_cast<const bf16*>(c.v_cache) + kv_head * c.head_stride;
+    for (int64_t j = 0; j < width; j += 16)
+        for (int64_t d = 0; d < dims; d += 32) {
+            vec block[16];
+            for (int64_t i = 0; i < 16; i++)
+                block[i] = j + i < count && d < c.dim ? load_words(k_cache + rows[j + i] + d, c.dim - d) : splat(0.0f);
+            transpose16(block);
+            for (int64_t i = 0; i < 16; i++) std::memcpy(keys + (d / 2 + i) * KEY_CHUNK + j, &block[i], sizeof block[i]);
+        }
+    for (int64_t j = 0; j < width; j += 2)
+        for (int64_t d = 0; d < dims; d += 16) {
+            uvec low = {}, high = {};
+            if (j < count && d < c.dim) low = load_bits(v_cache + rows[j] + d, c.dim - d);
+            if (j + 1 < count && d < c.dim) high = load_bits(v_cache + rows[j + 1] + d, c.dim - d);
+            low |= high << 16;
+            std::memcpy(values + j / 2 * dims + d, &low, sizeof low);
+        }
+}
+
+// A block of queries in bf16 on matrix tiles, for one key/value head.
+void run_tiled(const Call& c, const Item& item) {
+    const int64_t dims = round_up(c.dim, 32), group = c.heads / c.kv_heads;
+    const int32_t first_token = c.query_starts[item.sequence], context = c.context_lens[item.sequence];
+    const int32_t num_queries = c.query_starts[item.sequence + 1] - first_token;
+    const int32_t* pages = c.page_table + item.sequence * c.table_stride;
+    const int64_t queries = item.query_end - item.query, rows = queries * group, padded_rows = round_up(rows, 32);
+
+    float* scores = scratch.get(size_t(padded_rows) * (KEY_CHUNK + KEY_CHUNK / 2 + dims + dims / 2 + 2) + KEY_CHUNK * dims + 64);
+    float* sums = scores + padded_rows * KEY_CHUNK;
+    bf16* weights = reinterpret_cast<bf16*>(sums + padded_rows * dims);
+    bf16* q = weights + padded_rows * KEY_CHUNK;
+    uint32_t* keys = reinterpret_cast<uint32_t*>(q + padded_rows * dims);
+    uint32_t* values = keys + KEY_CHUNK * dims / 2;
+    float* largest = reinterpret_cast<float*>(values + KEY_CHUNK * dims / 2);
+    float* total = largest + padded_rows;
+
+    std::memset(q, 0, padded_rows * dims * sizeof(bf16));
+    for (int64_t row = 0; row < rows; row++) {
+        const int64_t token = first_token + item.query + row / group, head = item.kv_head * group + row % group;
+        const bf16* from = static_cast<const bf16*>(c.q) + token * c.q_stride + head * c.q_head_stride;
+        std::memcpy(q + row * dims, from, c.dim * sizeof(bf16));
+    }
+    std::fill(sums, sums + padded_rows * dims, 0.0f);
+    std::fill(largest, largest + padded_rows, NEVER);
+    std::fill(total, total + padded_rows, 0.0f);
+
+    TileScope tiles;
+    int64_t token_rows[KEY_CHUNK];
+    const int64_t position_0 = context - num_queries + item.query, end = position_0 + queries;
+    const int64_t low_0 = c.window ? std::max<int64_t>(0, position_0 - c.window + 1) : 0;
+    for (int64_t first = low_0 / KEY_CHUNK * KEY_CHUNK; first < end; first += KEY_CHUNK) {
+        const int64_t count = std::min(KEY_CHUNK, end - first), width = round_up(count, 32);
+        find_rows(c, pages, first, int(count), token_rows);
+        pack_chunk(c, token_rows, item.kv_head, count, width, dims, keys, values);
+        // Queries before this chunk see nothing of it.
+        const int64_t start = std::max<int64_t>(0, first - position_0) * group / 32 * 32;
+        gemm_bf16(padded_rows - start, width, dims, q + start * dims, dims, keys, KEY_CHUNK, scores + start * KEY_CHUNK, KEY_CHUNK,
+                  false);
+        for (int64_t row = start; row < padded_rows; row++) {
+            const int64_t position = position_0 + row / group;
+            const int64_t low = c.window ? std::max<int64_t>(0, position - c.window + 1 - first) : 0;
+            const int64_t high = std::min(position + 1 - first, count);
+            if (row >= rows || low >= high) {
+                std::memset(weights + row * KEY_CHUNK, 0, width * sizeof(bf16));
+                continue;
+            }
+            const float slope = c.slopes ? c.slopes[item.kv_head * group + row % group] * LOG2_E : 0.0f;
+            float sum = 0.0f;
+            const float top = block_softmax(scores + row * KEY_CHUNK, weights + row * KEY_CHUNK, low, high, width, c.scale * LOG2_E,
+                                            slope, float(position - first), largest[row], sum);
+            if (total[row] > 0.0f) {
+                const float decay = std::exp2(largest[row] - top);
+                total[row] *= decay;
+                for (int64_t d = 0; d < dims; d += 16) store16(sums + row * dims + d, load16(sums + row * dims + d) * decay);
+            }
+            total[row] += sum;
+            largest[row] = top;
+        }
+        gemm_bf16(padded_rows - start, dims, width, weights + start * KEY_CHUNK, KEY_CHUNK, values, dims, sums + start * dims, dims,
+                  true);
+    }
+    for (int64_t row = 0; row < rows; row++) {
+        const int64_t token = first_token + item.query + row / group, head = item.kv_head * group + row % group;
+        bf16* to = static_cast<bf16*>(c.out) + (token * c.heads + head) * c.dim;
+        const float inverse = 1.0f / total[row];
+        for (int64_t d = 0; d < c.dim; d += 16) store_upto16(to + d, load16(sums + row * dims + d) * inverse, c.dim - d);
+    }
+}
+
 template <class T>
 void run_item(const Call& c, const Item& item) {
     const int64_t dims = padded(c.dim), group = c.heads / c.kv_heads;
@@ -368,6 +491,10 @@ void run_item(const Call& c, const Item& item) {
     const int32_t num_queries = c.query_starts[item.sequence + 1] - first_token;
     const int32_t* pages = c.page_table + item.sequence * c.table_stride;
     if (num_queries == 1 && c.dim % 16 == 0) return run_decode<T>(c, item);
+    if constexpr (HAVE_TILES && std::is_same_v<T, bf16>) {
+        for (int32_t k = item.kv_head; k < item.kv_head_end; k++) run_tiled(c, {item.sequence, k, k + 1, item.query, item.query_end});
+        return;
+    }
     const int queries = item.query_end - item.query, rows = queries * int(group);
     const int kv_heads = item.kv_head_end - item.kv_head;
 
@@ -480,7 +607,8 @@ int64_t attention_paged(const void* q, const void* k_cache, const void* v_cache,
     const Call call{q,        k_cache,       v_cache,     out,          page_table,  context_lens, query_starts, slopes,
                     q_stride, q_head_stride, page_stride, token_stride, head_stride, table_stride, heads,        kv_heads,
                     dim,      page_size,     window,      scale};
-    const int64_t group = heads / kv_heads, block = std::max<int64_t>(1, BLOCK_ROWS / group);
+    const int64_t group = heads / kv_heads, most = HAVE_TILES && dtype == 1 ? TILED_ROWS : BLOCK_ROWS;
+    const int64_t block = std::max<int64_t>(1, most / group);
     // A decode takes all heads in one item, so that its pages are read in order, unless too few sequences share the work.
     const bool whole = sequences >= 4 * threads;
     int64_t count = 0;

@@ -70,7 +70,8 @@ def test_a_row_is_the_same_bits_alone_and_in_a_batch(dtype):
     for b in range(len(query_lens)):
         rows = slice(int(starts[b]), int(starts[b + 1]))
         one = torch.tensor([0, query_lens[b]], dtype=torch.int32)
-        alone = attention_paged(q[rows], k, v, table[b : b + 1], contexts[b : b + 1], one, **named, backend="cpp")
+        mine = named | {"num_decodes": int(query_lens[b] == 1), "max_query_len": query_lens[b]}
+        alone = attention_paged(q[rows], k, v, table[b : b + 1], contexts[b : b + 1], one, **mine, backend="cpp")
         assert torch.equal(alone, together[rows])
 
 
