@@ -1,0 +1,29 @@
+"""LoRA tuning of a frozen base: rows of token ids in, an adapter folder out. `tune` is the whole job."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .data import TrainExample, encode_examples
+    from .loop import StepReport, TrainConfig, TrainResult, tune
+    from .lora import TrainableLora
+
+_HOMES = {
+    "StepReport": "loop",
+    "TrainConfig": "loop",
+    "TrainExample": "data",
+    "TrainResult": "loop",
+    "TrainableLora": "lora",
+    "encode_examples": "data",
+    "tune": "loop",
+}
+__all__ = ["StepReport", "TrainConfig", "TrainExample", "TrainResult", "TrainableLora", "encode_examples", "tune"]
+
+
+def __getattr__(name: str) -> Any:
+    """Names are loaded when they are first used: importing the package costs nothing."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
