@@ -125,8 +125,11 @@ def _forward_config(block: int) -> dict[str, int]:
     return {"rows": max(1, min(8, 2048 // block)), "num_warps": 4 if block <= 4096 else 8}
 
 
-def _backward_config(block: int) -> dict[str, int]:
-    return {"rows": max(1, min(8, 1024 // block)), "num_warps": max(4, min(16, block // 512))}
+def _backward_config(block: int, sums: bool) -> dict[str, int]:
+    """``sums``: the weights' gradients are wanted, too, and their partial sums take registers."""
+    if sums:
+        return {"rows": 1, "num_warps": max(4, min(16, block // 512))}
+    return {"rows": 1, "num_warps": 1} if block <= 1024 else {"rows": 2, "num_warps": min(16, block // 512)}
 
 
 def _launch_forward(x, weight, eps, residual):
@@ -150,7 +153,8 @@ def _launch_backward(dy, dh, h, weight, eps, want_dweight):
     dx = torch.empty(h.shape, dtype=h.dtype, device=h.device)
     num_channels = h.shape[-1]
     block = triton.next_power_of_2(num_channels)
-    config = tuned_config("rmsnorm", f"backward {block}", _backward_config(block))
+    name = "backward sums" if want_dweight else "backward"
+    config = tuned_config("rmsnorm", f"{name} {block}", _backward_config(block, want_dweight))
     h, num_rows, inner, outer_stride, inner_stride = as_rows(h)
     num_blocks = triton.cdiv(num_rows, config["rows"])
     num_programs = num_reduction_programs(h, num_blocks) if want_dweight else num_blocks
@@ -254,23 +258,25 @@ def _compile_cases(target: int) -> list[CompileCase]:
                 attrs=dict.fromkeys(("num_channels", "x_outer_stride", "x_inner_stride", "residual_outer_stride"), 16),
             )
         )
-        config = tuned_config("rmsnorm", f"backward {block}", _backward_config(block))
-        integers = dict.fromkeys(("num_rows", "num_channels", "h_inner", "h_outer_stride", "h_inner_stride"), "i32")
-        cases.append(
-            CompileCase(
-                f"backward C={channels}",
-                rmsnorm_backward_kernel,
-                {
-                    **dict.fromkeys(("dy", "dh", "h", "weight", "dx"), "*bf16"),
-                    "dweight_parts": "*fp32",
-                    **integers,
-                    "eps": "fp32",
-                },
-                {"HAS_DH": channels != 64, "HAS_DWEIGHT": True, "ROWS": config["rows"], "BLOCK": block},
-                num_warps=config["num_warps"],
-                attrs=dict.fromkeys(("num_channels", "h_outer_stride", "h_inner_stride"), 16),
+        for sums in (False, True):
+            name = "backward sums" if sums else "backward"
+            config = tuned_config("rmsnorm", f"{name} {block}", _backward_config(block, sums))
+            integers = dict.fromkeys(("num_rows", "num_channels", "h_inner", "h_outer_stride", "h_inner_stride"), "i32")
+            cases.append(
+                CompileCase(
+                    f"{name} C={channels}",
+                    rmsnorm_backward_kernel,
+                    {
+                        **dict.fromkeys(("dy", "dh", "h", "weight", "dx"), "*bf16"),
+                        "dweight_parts": "*fp32",
+                        **integers,
+                        "eps": "fp32",
+                    },
+                    {"HAS_DH": channels != 64, "HAS_DWEIGHT": sums, "ROWS": config["rows"], "BLOCK": block},
+                    num_warps=config["num_warps"],
+                    attrs=dict.fromkeys(("num_channels", "h_outer_stride", "h_inner_stride"), 16),
+                )
             )
-        )
     return cases
 
 

@@ -35,6 +35,8 @@ _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_2 = 0x94D049BB133111EB - (1 << 64)
 
+# The Triton kernel's candidates: at least this times as probable as the most probable token.
+_FLOOR = 2.0**-12
 # Candidates are sorted, not the vocabulary: those above the first floor, or where they do not suffice the next.
 _CANDIDATE_FLOORS = (1e-4, 1e-6, 0.0)
 
@@ -211,31 +213,71 @@ def _load_penalised(logits, seen, penalty, start, vocab_size, HAS_PENALTY: tl.co
 
 @triton.jit
 def _load_exps(
-    logits, seen, penalty, peak, inverse_t, start, vocab_size, HAS_PENALTY: tl.constexpr, BLOCK: tl.constexpr
+    logits, seen, penalty, peak, inverse_t, start, size, few, few_exps, HAS_PENALTY: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """e = exp((l - peak) / temperature) of one block, 0 past the end, and its bits, which order as e does."""
-    ids, _, value = _load_penalised(logits, seen, penalty, start, vocab_size, HAS_PENALTY, BLOCK)
-    exps = tl.exp((value - peak) * inverse_t)
-    exps = tl.where(exps >= 0, exps, 0.0)
-    return ids, exps, exps.to(tl.int32, bitcast=True)
+    """e = exp((l - peak) / temperature) of one block, 0 past the end, and its bits, which order as e does.
+
+    With ``few`` the blocks are of the row's candidates, stored earlier, and ``size`` is their number.
+    """
+    places = start + tl.arange(0, BLOCK)[None, :]
+    if few:
+        exps = tl.load(few_exps + places, mask=places < size, other=0.0)
+    else:
+        _, _, value = _load_penalised(logits, seen, penalty, start, size, HAS_PENALTY, BLOCK)
+        exps = tl.exp((value - peak) * inverse_t)
+        exps = tl.where(exps >= 0, exps, 0.0)
+    return places, exps, exps.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _store_candidates(
+    logits, seen, penalty, peak, inverse_t, vocab_size, few_exps, few_ids,
+    HAS_PENALTY: tl.constexpr, BLOCK: tl.constexpr, FLOOR: tl.constexpr,
+):  # fmt: skip
+    """Stores the tokens with e ≥ FLOOR, in order of id; returns their number and mass and the mass of the row.
+
+    Past BLOCK of them the rest is left out, which the number tells.
+    """
+    found = tl.full([], 0, tl.int32)
+    lane_total = tl.zeros([1, BLOCK], tl.float32)
+    lane_few = tl.zeros([1, BLOCK], tl.float32)
+    for start in range(0, vocab_size, BLOCK):
+        ids, exps, _ = _load_exps(
+            logits, seen, penalty, peak, inverse_t, start, vocab_size, False, few_exps, HAS_PENALTY, BLOCK
+        )
+        hit = (exps >= FLOOR) & (ids < vocab_size)
+        count = hit.to(tl.int32)
+        place = found + tl.cumsum(count, axis=1) - count
+        tl.store(few_exps + place, exps, mask=hit & (place < BLOCK))
+        tl.store(few_ids + place, ids, mask=hit & (place < BLOCK))
+        found += tl.sum(count)
+        lane_total += exps
+        lane_few += tl.where(hit, exps, 0.0)
+    # The candidates are read back by other threads than those that stored them.
+    tl.debug_barrier()
+    return found, tl.sum(lane_few), tl.sum(lane_total)
 
 
 @triton.jit
 def _search(
-    logits, seen, penalty, peak, inverse_t, vocab_size, goal, by_count, HAS_PENALTY: tl.constexpr, BLOCK: tl.constexpr
-):
+    logits, seen, penalty, peak, inverse_t, size, few, few_exps, goal, by_count,
+    HAS_PENALTY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The cut (bits, num_equals) of the fewest highest-ranked tokens whose count or mass reaches ``goal``.
 
     Kept are tokens of more bits and the first ``num_equals`` of just these bits. Also returns how many have these
-    bits and the mass kept. Eight thresholds a pass, three bits of the answer: ten passes over a row that stays in L2.
+    bits and the mass kept. Eight thresholds a pass, three bits of the answer: ten passes over the candidates, or a
+    row in L2.
     """
     digits = tl.arange(0, 8)[:, None]
     cut = tl.full([], 0, tl.int32)
     for place in range(10):
         shift = 27 - 3 * place
         sums = tl.zeros([8, BLOCK], tl.float32)
-        for start in range(0, vocab_size, BLOCK):
-            _, exps, bits = _load_exps(logits, seen, penalty, peak, inverse_t, start, vocab_size, HAS_PENALTY, BLOCK)
+        for start in range(0, size, BLOCK):
+            _, exps, bits = _load_exps(
+                logits, seen, penalty, peak, inverse_t, start, size, few, few_exps, HAS_PENALTY, BLOCK
+            )
             weight = tl.where(by_count, 1.0, exps)
             sums += tl.where(bits >= cut + (digits << shift), weight, 0.0)
         reached = tl.sum(sums, axis=1)[:, None] >= goal
@@ -243,8 +285,10 @@ def _search(
     above_mass = tl.zeros([1, BLOCK], tl.float32)
     above_count = tl.zeros([1, BLOCK], tl.float32)
     equal_count = tl.zeros([1, BLOCK], tl.float32)
-    for start in range(0, vocab_size, BLOCK):
-        _, exps, bits = _load_exps(logits, seen, penalty, peak, inverse_t, start, vocab_size, HAS_PENALTY, BLOCK)
+    for start in range(0, size, BLOCK):
+        _, exps, bits = _load_exps(
+            logits, seen, penalty, peak, inverse_t, start, size, few, few_exps, HAS_PENALTY, BLOCK
+        )
         above_mass += tl.where(bits > cut, exps, 0.0)
         above_count += tl.where(bits > cut, 1.0, 0.0)
         equal_count += tl.where(bits == cut, 1.0, 0.0)
@@ -258,17 +302,19 @@ def _search(
 
 @triton.jit
 def _load_kept(
-    logits, seen, penalty, peak, inverse_t, start, vocab_size,
+    logits, seen, penalty, peak, inverse_t, start, size, few, few_exps,
     cut, num_equals, ranked, equals_before, least, HAS_PENALTY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One block's e with all but the kept tokens zeroed, and its ids and number of tokens that equal the cut."""
-    ids, exps, bits = _load_exps(logits, seen, penalty, peak, inverse_t, start, vocab_size, HAS_PENALTY, BLOCK)
-    equal = tl.where((bits == cut) & (ids < vocab_size), 1.0, 0.0)
+    """One block's e with all but the kept tokens zeroed, its places and its number of tokens that equal the cut."""
+    places, exps, bits = _load_exps(
+        logits, seen, penalty, peak, inverse_t, start, size, few, few_exps, HAS_PENALTY, BLOCK
+    )
+    equal = tl.where((bits == cut) & (places < size), 1.0, 0.0)
     kept = bits >= cut
     if ranked:
         rank = equals_before + tl.cumsum(equal, axis=1) - equal
         kept = kept & ((bits > cut) | (rank < num_equals))
-    return ids, tl.where(kept & (exps >= least), exps, 0.0), tl.sum(equal)
+    return places, tl.where(kept & (exps >= least), exps, 0.0), tl.sum(equal)
 
 
 @triton.jit
@@ -284,12 +330,15 @@ def sampling_kernel(
     penalties,
     token_ids,
     logprobs,
+    few_exps,
+    few_ids,
     vocab_size,
     logits_stride,
     seen_stride,
     HAS_PENALTY: tl.constexpr,
     BLOCK: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
+    FLOOR: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     logits += row * logits_stride
@@ -324,35 +373,44 @@ def sampling_kernel(
         cut = tl.full([], 0, tl.int32)
         num_equals = tl.full([], 0.0, tl.float32)
         equals = tl.full([], 0.0, tl.float32)
-        lane_total = tl.zeros([1, BLOCK], tl.float32)
-        for start in range(0, vocab_size, BLOCK):
-            _, exps, _ = _load_exps(logits, seen, penalty, peak, inverse_t, start, vocab_size, HAS_PENALTY, BLOCK)
-            lane_total += exps
-        total = tl.sum(lane_total)
-        if (top_k > 0) & (top_k < vocab_size):
-            cut, num_equals, equals, total = _search(
-                logits, seen, penalty, peak, inverse_t, vocab_size, top_k.to(tl.float32), True, HAS_PENALTY, BLOCK
+        few = row < 0
+        size = tl.full([], 0, tl.int32) + vocab_size
+        by_count = (top_k > 0) & (top_k < vocab_size)
+        if by_count | (top_p < 1):
+            few_exps += row * BLOCK
+            few_ids += row * BLOCK
+            found, mass, total = _store_candidates(
+                logits, seen, penalty, peak, inverse_t, vocab_size, few_exps, few_ids, HAS_PENALTY, BLOCK, FLOOR
             )
-        if top_p < 1:
-            p_cut, p_num_equals, p_equals, _ = _search(
-                logits, seen, penalty, peak, inverse_t, vocab_size, top_p * total, False, HAS_PENALTY, BLOCK
-            )
-            if p_cut > cut:
-                cut = p_cut
-                num_equals = p_num_equals
-                equals = p_equals
-            elif p_cut == cut:
-                num_equals = tl.where(equals > 0, tl.minimum(num_equals, p_num_equals), p_num_equals)
-                equals = p_equals
+            # Where the candidates hold all that is kept, nothing below looks at the row again.
+            few = (found <= BLOCK) & tl.where(by_count, found >= top_k, mass >= top_p * total)
+            size = tl.where(few, found, vocab_size)
+            if by_count:
+                cut, num_equals, equals, total = _search(
+                    logits, seen, penalty, peak, inverse_t, size, few, few_exps, top_k.to(tl.float32), True,
+                    HAS_PENALTY, BLOCK,
+                )  # fmt: skip
+            if top_p < 1:
+                p_cut, p_num_equals, p_equals, _ = _search(
+                    logits, seen, penalty, peak, inverse_t, size, few, few_exps, top_p * total, False,
+                    HAS_PENALTY, BLOCK,
+                )  # fmt: skip
+                if p_cut > cut:
+                    cut = p_cut
+                    num_equals = p_num_equals
+                    equals = p_equals
+                elif p_cut == cut:
+                    num_equals = tl.where(equals > 0, tl.minimum(num_equals, p_num_equals), p_num_equals)
+                    equals = p_equals
         ranked = num_equals < equals
 
         block_ids = tl.arange(0, NUM_BLOCKS)
         sums = tl.zeros([NUM_BLOCKS], tl.float32)
         befores = tl.zeros([NUM_BLOCKS], tl.float32)
         before = tl.full([], 0.0, tl.float32)
-        for start in range(0, vocab_size, BLOCK):
+        for start in range(0, size, BLOCK):
             _, exps, count = _load_kept(
-                logits, seen, penalty, peak, inverse_t, start, vocab_size,
+                logits, seen, penalty, peak, inverse_t, start, size, few, few_exps,
                 cut, num_equals, ranked, before, least, HAS_PENALTY, BLOCK,
             )  # fmt: skip
             sums = tl.where(block_ids == start // BLOCK, tl.sum(exps), sums)
@@ -367,21 +425,24 @@ def sampling_kernel(
         block = tl.sum((running.to(tl.float64) <= target).to(tl.int32))
         base = tl.sum(tl.where(block_ids == block - 1, running, 0.0)).to(tl.float64)
         before = tl.sum(tl.where(block_ids == block, befores, 0.0))
-        ids, exps, _ = _load_kept(
-            logits, seen, penalty, peak, inverse_t, block * BLOCK, vocab_size,
+        places, exps, _ = _load_kept(
+            logits, seen, penalty, peak, inverse_t, block * BLOCK, size, few, few_exps,
             cut, num_equals, ranked, before, least, HAS_PENALTY, BLOCK,
         )  # fmt: skip
         passed = (base + tl.cumsum(exps, axis=1).to(tl.float64) > target) & (exps > 0)
-        first = tl.min(tl.where(passed, ids, vocab_size))
+        first = tl.min(tl.where(passed, places, size))
         # Rounding may let the block's own running sum end short of the target: then its last kept token is drawn.
-        last = tl.max(tl.where(exps > 0, ids, 0))
-        chosen = tl.where(first < vocab_size, first, last)
+        last = tl.max(tl.where(exps > 0, places, 0))
+        chosen = tl.where(first < size, first, last)
+        if few:
+            chosen = tl.load(few_ids + chosen)
     tl.store(token_ids + row, chosen.to(tl.int64))
     tl.store(logprobs + row, tl.load(logits + chosen).to(tl.float32) - raw_max - tl.log(raw_sum))
 
 
 def _config(vocab_size: int) -> dict[str, int]:
-    return {"block": min(1024, max(32, triton.next_power_of_2(vocab_size))), "num_warps": 8}
+    block = min(2048, max(32, triton.next_power_of_2(vocab_size)))
+    return {"block": block, "num_warps": 16 if block == 2048 else 8}
 
 
 def _bucket(vocab_size: int) -> str:
@@ -399,11 +460,13 @@ def _sample_triton(logits, keys, steps, temperature, top_k, top_p, min_p, repeti
     token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     logprobs = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
     config = tuned_config("sample", _bucket(vocab_size), _config(vocab_size))
+    few_exps = torch.empty((num_rows, config["block"]), dtype=torch.float32, device=logits.device)
+    few_ids = torch.empty((num_rows, config["block"]), dtype=torch.int32, device=logits.device)
     sampling_kernel[(num_rows,)](
         logits, marks, keys.to(torch.int64), steps.to(torch.int64), temperature.float(),
         top_k.to(torch.int32), top_p.float(), min_p.float(), repetition_penalty.float() if has_penalty else temperature,
-        token_ids, logprobs, vocab_size, logits.stride(0), marks.stride(0),
-        HAS_PENALTY=has_penalty, BLOCK=config["block"],
+        token_ids, logprobs, few_exps, few_ids, vocab_size, logits.stride(0), marks.stride(0),
+        HAS_PENALTY=has_penalty, BLOCK=config["block"], FLOOR=_FLOOR,
         NUM_BLOCKS=triton.next_power_of_2(triton.cdiv(vocab_size, config["block"])), num_warps=config["num_warps"],
     )  # fmt: skip
     return token_ids, logprobs
@@ -529,12 +592,15 @@ def _compile_cases(target: int) -> list[CompileCase]:
                     "penalties": "*fp32",
                     "token_ids": "*i64",
                     "logprobs": "*fp32",
+                    "few_exps": "*fp32",
+                    "few_ids": "*i32",
                     **dict.fromkeys(("vocab_size", "logits_stride", "seen_stride"), "i32"),
                 },
                 {
                     "HAS_PENALTY": has_penalty,
                     "BLOCK": config["block"],
                     "NUM_BLOCKS": triton.next_power_of_2(triton.cdiv(vocab_size, config["block"])),
+                    "FLOOR": _FLOOR,
                 },
                 num_warps=config["num_warps"],
                 attrs=dict.fromkeys(("vocab_size", "logits_stride", "seen_stride"), 16),
