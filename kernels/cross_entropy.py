@@ -213,13 +213,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         compute = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         if weights is not None:
             weights = weights.to(compute)
-        picked = hidden.contiguous(), targets, weights
+        inputs, labels, row_weights = hidden.contiguous(), targets, weights
         if not all_counted:
-            picked = tuple(None if t is None else t.index_select(0, rows) for t in (hidden, targets, weights))
-        grad_rows = torch.empty_like(picked[0]) if want_hidden else None
+            inputs, labels = hidden.index_select(0, rows), targets.index_select(0, rows)
+            row_weights = None if weights is None else weights.index_select(0, rows)
+        grad_rows = torch.empty_like(inputs) if want_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=compute, device=weight.device) if want_weight else None
         run = _run_triton if backend == "triton" else _run_torch
-        total = run(picked[0], weight, picked[1], picked[2], logit_scale, z_loss, grad_rows, grad_weight)
+        total = run(inputs, weight, labels, row_weights, logit_scale, z_loss, grad_rows, grad_weight)
         grad_hidden = grad_rows
         if grad_rows is not None and not all_counted:
             grad_hidden = torch.zeros_like(hidden).index_copy_(0, rows, grad_rows)

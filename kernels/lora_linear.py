@@ -34,6 +34,9 @@ from .spec import Case, KernelSpec
 from .tuning import tuned_config
 
 OP = "lora_linear"
+MAX_RANK = 256
+# Multiplications of the frozen GEMM from which the fused kernels pay for their launches; below, the library's do.
+CROSSOVER = {"products": 1 << 33}
 
 
 def lora_linear_reference(
@@ -152,7 +155,10 @@ def _validate(x, weight, bias, a, b, scaling) -> None:
 
 def _fused(x: torch.Tensor, weight: torch.Tensor | QuantizedWeight, a: torch.Tensor) -> bool:
     """Whether the fused kernels take these shapes; else the library's GEMMs do the same sums one by one."""
-    if x.shape[0] == 0 or a.shape[0] == 0 or a.shape[0] > 256:
+    num_products = x.shape[0] * x.shape[1] * weight.shape[0]
+    if x.shape[0] == 0 or a.shape[0] == 0 or a.shape[0] > MAX_RANK:
+        return False
+    if x.is_cuda and num_products < tuned_config(OP, "crossover", CROSSOVER)["products"]:
         return False
     aligned = weight.shape[0] * x.element_size() % 16 == 0 and x.shape[1] * x.element_size() % 16 == 0
     return aligned and fits(x) and (not isinstance(weight, torch.Tensor) or fits(weight))

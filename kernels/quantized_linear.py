@@ -156,7 +156,7 @@ def _nf4_kernel(
             block = start + u
             there = inside & (zero + block < stop)
             scale = tl.load(scale_ptr + (channel * num_blocks + block) // 256, mask=there, other=0.0)
-            absmax = tl.load(map_ptr + indices[u].to(tl.int32), mask=there, other=0.0) * scale + offset
+            absmax = tl.load(map_ptr + indices[u].to(tl.int32), mask=there, other=0.0) * scale + offset  # pyright: ignore
             absmax = tl.where(there, absmax, 0.0)
             ahead = inside & (zero + block + UNROLL < stop)
             fetched = tl.load(index_ptr + (block + UNROLL) * N + channel, mask=ahead, other=0)
@@ -472,7 +472,7 @@ def _compile_cases(target: int) -> list[CompileCase]:
                     **dict.fromkeys(("T", "N", "num_blocks", "stride_x", "blocks_per_split"), "i32"),
                 }
                 constants |= {"LOOKUP": lookup_assembly(torch.bfloat16, config["SHUFFLED"]), "UNROLL": config["UNROLL"]}
-                attrs = dict.fromkeys(("N", "stride_x"), 16)
+                attrs: dict[str, int] = dict.fromkeys(("N", "stride_x"), 16)
             else:
                 kernel = _channel_kernel
                 signature = {

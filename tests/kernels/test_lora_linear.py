@@ -32,8 +32,10 @@ def test_triton_is_as_good_as_the_reference(case, dtype, small_tiles):
 @pytest.mark.parametrize(
     "case", [*SPEC.test_cases, {"T": 1000, "in": 576, "out": 1536, "R": 40, "pass": "both"}], ids=str
 )
-def test_on_the_device(case, dtype):
-    prove(SPEC, case, dtype, device="cuda")
+@pytest.mark.parametrize("products", [0, 1 << 60])
+def test_on_the_device(case, dtype, products):
+    with override("lora_linear", "crossover", {"products": products}):
+        prove(SPEC, case, dtype, device="cuda")
 
 
 @pytest.mark.slow
