@@ -163,3 +163,30 @@ def test_parameters_are_counted():
 def test_a_written_config_reads_back_the_same(raw):
     config = read(raw)
     assert read(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def released_mpt(**changes):
+    """The config.json that the released MPT models carry, with what differs between them."""
+    attn = {
+        "alibi": True, "alibi_bias_max": 8, "attn_impl": "torch", "attn_pdrop": 0, "attn_type": "multihead_attention",
+        "attn_uses_sequence_id": False, "clip_qkv": None, "prefix_lm": False, "qk_ln": False, "softmax_scale": None,
+    }  # fmt: skip
+    raw = {
+        "architectures": ["MPTForCausalLM"], "auto_map": {"AutoConfig": "configuration_mpt.MPTConfig"}, "d_model": 4096,
+        "emb_pdrop": 0, "embedding_fraction": 1.0, "expansion_ratio": 4, "init_config": {"name": "kaiming_normal_"},
+        "init_device": "cpu", "learned_pos_emb": True, "logit_scale": None, "max_seq_len": 2048, "model_type": "mpt",
+        "n_heads": 32, "n_layers": 32, "no_bias": True, "norm_type": "low_precision_layernorm", "resid_pdrop": 0,
+        "tokenizer_name": "EleutherAI/gpt-neox-20b", "torch_dtype": "bfloat16", "transformers_version": "4.28.1",
+        "use_cache": False, "verbose": 0, "vocab_size": 50432,
+    }  # fmt: skip
+    return {**raw, "attn_config": {**attn, **changes.pop("attn", {})}, **changes}
+
+
+def test_released_mpt_models():
+    small = read(released_mpt())
+    assert (small.position, small.norm, small.norm_bias, small.tied_embeddings) == ("alibi", "layernorm", False, True)
+    assert num_parameters(small) == 6_649_286_656
+    large = read(released_mpt(d_model=7168, n_heads=64, n_layers=48, max_seq_len=8192))
+    assert (num_parameters(large), large.head_dim) == (29_957_200_896, 112)
+    story = read(released_mpt(max_seq_len=65536, attn={"alibi_bias_max": 16, "clip_qkv": 6}))
+    assert (story.clip_qkv, story.alibi_bias_max, story.max_context) == (6.0, 16.0, 65536)
