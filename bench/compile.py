@@ -60,6 +60,9 @@ def _compile(case: CompileCase, target: int) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    if type(case.kernel).__name__ == "GluonJITFunction":
+        from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
+
     names = case.kernel.arg_names
     unknown = (set(case.signature) | set(case.constexprs)) ^ set(names)
     if unknown:
