@@ -232,21 +232,26 @@ class Model:
         adapters: LayerAdapters | None = None,
         *,
         checkpoint_layers: bool = False,
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Hidden states [T, C] after the final norm.
 
         ``cache.layer(i)`` gives (k_cache, v_cache) [P,S,K,D] of a layer, and optionally two scales. With
-        ``checkpoint_layers`` the backward pass recomputes each block instead of keeping its activations.
+        ``checkpoint_layers`` the backward pass recomputes each block instead of keeping its activations. With ``rows``
+        (i64 [N], positions in the packed batch) the result is [N, C], and the last block goes on from its attention
+        with these rows alone; adapters must then treat all rows alike.
         """
         x = F.embedding(batch.token_ids, self.embedding)
         if self.position_embedding is not None:
             x = x + F.embedding(batch.positions, self.position_embedding)
         residual: torch.Tensor | None = None
         for layer in self.layers:
+            wanted = rows if layer is self.layers[-1] else None
             if checkpoint_layers:
-                x, residual = checkpoint(self._block, layer, x, residual, batch, None, adapters, use_reentrant=False)
+                arguments = (layer, x, residual, batch, None, adapters, wanted)
+                x, residual = checkpoint(self._block, *arguments, use_reentrant=False)
             else:
-                x, residual = self._block(layer, x, residual, batch, cache, adapters)
+                x, residual = self._block(layer, x, residual, batch, cache, adapters, wanted)
         return self._norm(x, self.final_norm, residual)[0]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -262,6 +267,7 @@ class Model:
         batch: Batch,
         cache: Any | None,
         adapters: LayerAdapters | None,
+        rows: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One pre-norm block. The sum ``residual + x`` is taken by the norm that reads it."""
 
@@ -272,6 +278,8 @@ class Model:
 
         h, residual = self._norm(x, layer.attn_norm, residual)
         h = self._attention(layer, linear(h, layer.qkv, "qkv"), batch, cache)
+        if rows is not None:
+            h, residual = h.index_select(0, rows), residual.index_select(0, rows)
         h = linear(h, layer.o, "o")
         h, residual = self._norm(h, layer.mlp_norm, residual)
         if adapters is None and self.config.mlp == "swiglu":

@@ -313,10 +313,13 @@ class Trainer:
     def _loss(self, micro: MicroBatch) -> torch.Tensor:
         """The micro-batch's share of the step's loss, f32 scalar; only positions with a loss are projected."""
         hidden = self.model.forward(
-            micro.batch, adapters=self.lora, checkpoint_layers=self.config.checkpoint_layers and torch.is_grad_enabled()
+            micro.batch,
+            adapters=self.lora,
+            checkpoint_layers=self.config.checkpoint_layers and torch.is_grad_enabled(),
+            rows=micro.loss_rows,
         )
         return linear_cross_entropy(
-            hidden.index_select(0, micro.loss_rows),
+            hidden,
             self.model.head_weight,
             micro.targets,
             logit_scale=self.model.config.logit_scale,

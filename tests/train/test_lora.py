@@ -66,8 +66,8 @@ def test_gradients_equal_those_of_peft(kind, count, packed, tiny, tmp_path):
     lora.load(tmp_path)
     loss = 0.0
     for part in build_micro_batches(examples, max_batch_tokens=1000 if packed else 1, device="cpu"):
-        hidden = ours.forward(part.batch, adapters=lora)
-        logp = ours.logits(hidden[part.loss_rows]).log_softmax(-1)
+        hidden = ours.forward(part.batch, adapters=lora, rows=part.loss_rows)
+        logp = ours.logits(hidden).log_softmax(-1)
         share = -(logp[torch.arange(len(part.targets)), part.targets] * part.weights).sum()
         share.backward()
         lora.collect()
@@ -196,9 +196,9 @@ def test_the_path_of_a_gpu_gives_the_same_gradients(kind, tiny):
             b.copy_(torch.randn(b.shape, generator=generator) * 0.1)
         lora.refresh()
         (part,) = build_micro_batches(rows(3), max_batch_tokens=1000, device=model.device)
-        hidden = model.forward(part.batch, adapters=lora)
+        hidden = model.forward(part.batch, adapters=lora, rows=part.loss_rows)
         linear_cross_entropy(
-            hidden[part.loss_rows], model.head_weight, part.targets, weights=part.weights, backend=model.backend
+            hidden, model.head_weight, part.targets, weights=part.weights, backend=model.backend
         ).backward()
         lora.collect()
         gradients.append(lora.gradient.cpu())
