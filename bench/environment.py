@@ -17,7 +17,10 @@ from ..kernels.tuning import device_key
 
 
 def commit() -> str | None:
-    """The checked-out commit of the source, "+" where files differ from it; None outside a repository."""
+    """The checked-out commit of the source, "+" where files differ from it.
+
+    In a copy of the tree without its repository, what the file ``.commit`` at its root says; None without one.
+    """
     folder = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
@@ -28,7 +31,8 @@ def commit() -> str | None:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", "..", ":!../bench/results")
         return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return None
+        noted = folder.parent / ".commit"
+        return noted.read_text().strip() or None if noted.is_file() else None
 
 
 def _version(package: str) -> str | None:

@@ -150,8 +150,10 @@ def measure(function: Callable[..., Any], inputs: dict[str, Any], which: str, re
     return {"ms": median, "ms_p20": low, "ms_p80": high, "timed": timed}
 
 
-def bench_case(spec: KernelSpec, case: Case, *, rep_ms: int = 60, with_peers: bool = True) -> dict[str, Any]:
-    """One row. A case whose results are wrong has ``correct`` False and no time."""
+def bench_case(
+    spec: KernelSpec, case: Case, *, rep_ms: int = 60, with_peers: bool = True, deadline: float = math.inf
+) -> dict[str, Any]:
+    """One row. A case whose results are wrong has ``correct`` False and no time. No peer starts after ``deadline``."""
     which, dtype = case.get("pass", "forward"), DTYPES[case.get("dtype", "bf16")]
     row: dict[str, Any] = {
         "op": spec.op,
@@ -187,6 +189,8 @@ def bench_case(spec: KernelSpec, case: Case, *, rep_ms: int = 60, with_peers: bo
         "peers": {},
     }
     for name, peer in spec.peers.items() if with_peers else ():
+        if time.monotonic() > deadline:
+            break
         try:
             row["peers"][name] = measure(peer, inputs, which, rep_ms)["ms"]
         except (ImportError, NotImplementedError):
@@ -233,10 +237,12 @@ def _warm(index: int, count: int, ops: Sequence[str] | None) -> None:
     pairs = cases_by_priority(spec for op, spec in specs.items() if not ops or op in ops)
     for spec, case in pairs[index::count]:
         for shape in ({**case, **case.get("check_at", {})}, case):
-            with contextlib.suppress(Exception):  # what is wrong with a case will show when it is benched
-                inputs = spec.make_inputs(shape, "cuda", DTYPES[case.get("dtype", "bf16")], 0)
-                _results(spec.run, inputs, case.get("pass", "forward"))
-            torch.cuda.empty_cache()
+            peers = spec.peers.values() if shape is case and case.get("priority", 5) <= 1 else ()
+            for function in (spec.run, *peers):
+                with contextlib.suppress(Exception):  # what is wrong with a case will show when it is benched
+                    inputs = spec.make_inputs(shape, "cuda", DTYPES[case.get("dtype", "bf16")], 0)
+                    _results(function, inputs, case.get("pass", "forward"))
+                torch.cuda.empty_cache()
 
 
 def compile_ahead(ops: Sequence[str] | None, seconds: float) -> None:
@@ -247,7 +253,9 @@ def compile_ahead(ops: Sequence[str] | None, seconds: float) -> None:
     for index in range(count):
         arguments = json.dumps({"index": index, "count": count, "ops": list(ops) if ops else None})
         command = [sys.executable, "-m", __spec__.name, "--warm", arguments]
-        workers.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        # torch.compile (a peer) would start a pool of compilers in each of these processes.
+        workers.append(subprocess.Popen(command, env={**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}, **quiet))
     deadline = time.monotonic() + seconds
     for worker in workers:
         try:
@@ -329,7 +337,7 @@ def bench_all(
             if tune and (best := tune_case(spec, case)):
                 took = f"{best['ms']:.4f} ms, worst {best['worst_ms']:.4f}"
                 print(f"tuned {best['op']} {best['bucket']}: {best['config']} {took}", flush=True)
-            row = bench_case(spec, case, rep_ms=rep_ms)
+            row = bench_case(spec, case, rep_ms=rep_ms, deadline=deadline)
             rows.append(row)
             file.write(json.dumps(row) + "\n")
             file.flush()
