@@ -264,32 +264,27 @@ def compare(
     return row
 
 
-def split_step(generator: Generator, workload: Workload, steps: int = 20) -> dict[str, float]:
-    """Milliseconds of a decode step, and of the host's part in it: the time until all its work is launched."""
-    launched: list[float] = []
-    whole: list[float] = []
+def split_step(generator: Generator, workload: Workload, steps: int = 24) -> dict[str, float]:
+    """Milliseconds of a decode step, and of the time in it that the GPU has nothing to do (host work between steps)."""
     original = generator._forward
+    whole: list[float] = []
+    busy: list[float] = []
+    last_end: list[float] = []
 
     def timed(scheduler: Any, outputs: Any, plan: Any) -> Any:
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        batch_before = generator.model.logits
-
-        def logits(hidden: torch.Tensor) -> torch.Tensor:
-            out = batch_before(hidden)
-            launched.append(time.perf_counter() - began)
-            return out
-
-        generator.model.logits = logits  # type: ignore[method-assign]
-        try:
-            result = original(scheduler, outputs, plan)
-        finally:
-            generator.model.logits = batch_before  # type: ignore[method-assign]
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        result = original(scheduler, outputs, plan)
+        stop.record()
+        stop.synchronize()
+        now = time.perf_counter()
         if plan.chunks:
-            launched.clear()
-            whole.clear()
-        else:
-            whole.append(time.perf_counter() - began)
+            last_end.clear()
+            return result
+        if last_end:
+            whole.append(now - last_end[0])
+            busy.append(start.elapsed_time(stop) / 1e3)
+        last_end[:] = [now]
         return result
 
     generator._forward = timed  # type: ignore[method-assign]
@@ -297,7 +292,8 @@ def split_step(generator: Generator, workload: Workload, steps: int = 20) -> dic
         generator.generate(workload.prompts, SamplingParams(max_tokens=steps, temperature=0.7, ignore_eos=True))
     finally:
         generator._forward = original  # type: ignore[method-assign]
-    return {"step_ms": 1e3 * statistics.median(whole), "host_ms": 1e3 * statistics.median(launched)}
+    step = statistics.median(whole)
+    return {"step_ms": 1e3 * step, "host_ms": 1e3 * (step - statistics.median(busy))}
 
 
 GPU_CASES = (

@@ -17,7 +17,6 @@ import torch
 
 from specialize.errors import InputError
 
-from ..kernels.cpu import keep_freed_memory
 from ..kernels.sampling import sample
 from .adapter import AdapterPool, load_adapter, merge_adapter
 from .batch import Batch, build_step
@@ -74,8 +73,6 @@ class Generator:
         self.model, self.tokenizer = model, tokenizer
         self.config = config = config or EngineConfig()
         on_gpu = model.device.type == "cuda"
-        if not on_gpu:
-            keep_freed_memory()
         self.max_sequences = config.max_sequences or min(256 if on_gpu else 64, config.max_batch_tokens or 1 << 30)
         self.max_batch_tokens = config.max_batch_tokens or max(8192 if on_gpu else 1024, self.max_sequences)
         if self.max_batch_tokens < self.max_sequences:
