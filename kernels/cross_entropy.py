@@ -104,11 +104,11 @@ def _loss_kernel(
     else:
         largest = -float("inf")
         total = 0.0
-        for first in tl.range(0, V, BLOCK):
-            z = (
-                tl.load(base + first + column, mask=first + column < V, other=-float("inf")).to(tl.float32)
-                * logit_scale
-            )
+        # from the end: what the GEMM wrote last is still in the cache, and what is read last serves the second pass
+        num_blocks = tl.cdiv(V, BLOCK)
+        for block in tl.range(0, num_blocks):
+            at = (num_blocks - 1 - block) * BLOCK + column
+            z = tl.load(base + at, mask=at < V, other=-float("inf")).to(tl.float32) * logit_scale
             larger = tl.maximum(largest, tl.max(z, axis=0))
             total = total * tl.exp(largest - larger) + tl.sum(tl.exp(z - larger), axis=0)
             largest = larger
