@@ -253,9 +253,10 @@ def compile_ahead(ops: Sequence[str] | None, seconds: float) -> None:
     for index in range(count):
         arguments = json.dumps({"index": index, "count": count, "ops": list(ops) if ops else None})
         command = [sys.executable, "-m", __spec__.name, "--warm", arguments]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         # torch.compile (a peer) would start a pool of compilers in each of these processes.
-        workers.append(subprocess.Popen(command, env={**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}, **quiet))
+        settings = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        null = subprocess.DEVNULL
+        workers.append(subprocess.Popen(command, env=settings, stdout=null, stderr=null))
     deadline = time.monotonic() + seconds
     for worker in workers:
         try:
