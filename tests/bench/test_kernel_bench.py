@@ -84,5 +84,19 @@ def test_tuned_files_answer_lookups(monkeypatch, tmp_path):
 
 def test_shipped_tuned_files_parse():
     for path in tuning.FOLDER.glob("*.json"):
-        for op, buckets in json.loads(path.read_text()).items():
-            assert op in SPECS and all(isinstance(config, dict) for config in buckets.values())
+        table = json.loads(path.read_text())
+        assert table.pop("device")["capability"] in (80, 86, 89, 90, 100, 120)
+        assert path.stem in tuning.shipped_devices(json.loads(path.read_text())["device"]["capability"])
+        for op, buckets in table.items():
+            assert op.isidentifier() and buckets and all(isinstance(config, dict) for config in buckets.values())
+
+
+def test_lookups_for_a_device_that_is_not_here(monkeypatch, tmp_path):
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    tuning.forget()
+    (tmp_path / "Some_GPU.json").write_text('{"device": {"capability": 90}, "op": {"64": {"rows": 4}}}')
+    assert tuning.shipped_devices(90) == ["Some_GPU"] and tuning.shipped_devices(80) == []
+    with tuning.as_device("Some_GPU"):
+        assert tuning.tuned_config("op", "64", {"rows": 1}) == {"rows": 4}
+    assert tuning.tuned_config("op", "64", {"rows": 1}) == {"rows": 1}
+    tuning.forget()
