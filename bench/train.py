@@ -10,6 +10,7 @@ the parameters of the blocks, at the measured rate of one large product: frozen 
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -246,6 +247,7 @@ def measure_shape(
     config = ModelConfig.from_dict(raw, source=shape)
     cuda = device.startswith("cuda")
     if cuda:
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     model = Model.random(config, dtype=DTYPES[dtype], device=device, inference=False)
@@ -307,6 +309,8 @@ def run_suite(suite: Sequence[dict[str, Any]], seconds: float, out: Path | None,
             rows.append(measure_shape(**case, device=device))
         except torch.cuda.OutOfMemoryError:
             rows.append({"name": f"tune {case['shape']}", **case, "out_of_memory": True, **environment()})
+        except (RuntimeError, ValueError) as error:  # the others are worth having
+            rows.append({"name": f"tune {case['shape']}", **case, "error": str(error)[:500], **environment()})
         click.echo(_line(rows[-1]), err=True)
         if out is not None:
             _write(out, rows)
@@ -314,6 +318,8 @@ def run_suite(suite: Sequence[dict[str, Any]], seconds: float, out: Path | None,
 
 
 def _line(row: dict[str, Any]) -> str:
+    if "error" in row:
+        return f"{row['name']}: {row['error']}"
     if row.get("out_of_memory"):
         return f"{row['name']}: out of memory"
     if "tokens_per_s" not in row:
