@@ -40,8 +40,6 @@ def test_sweep(num_rows, num_in, num_out, form):
 @pytest.mark.parametrize("form", QUANTIZERS)
 def test_the_sum_over_programs_is_complete(form):
     """Many programs share a row's channels; the counter that finds the last one is left as it was."""
-    from specialize.kernels.quantized_linear import FEW_ROWS
-
     case = {"T": 3, "in": 2048, "out": 40, "format": form}
     with override("quantized_linear", f"{form} small 16", FEW_ROWS | {"PER_SM": 64}):
         prove(SPEC, case, torch.float32)
@@ -77,14 +75,37 @@ def test_a_channel_of_zeros(quantize):
     assert torch.equal(dequantize_channelwise(quantize(w))[1], torch.zeros(16))
 
 
-def test_every_fp8_value_is_decoded_exactly():
+def _decodes_every_fp8_value(device, dtype):
     values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     values = torch.where(values.float().isnan(), torch.zeros(()), values.float()).to(torch.float8_e4m3fn)
-    weight = ChannelWeight(values.view(256, 1).repeat(1, 16).contiguous(), torch.ones(256))
-    for dtype in (torch.float32, torch.float16):
-        x = torch.zeros(1, 16, dtype=dtype)
-        x[0, 3] = 1
-        assert torch.equal(quantized_linear(x, weight, backend="triton")[0], values.to(dtype))
+    weight = ChannelWeight(values.view(256, 1).repeat(1, 16).contiguous(), torch.ones(256)).to(device)
+    x = torch.zeros(1, 16, dtype=dtype, device=device)
+    x[0, 3] = 1
+    return torch.equal(quantized_linear(x, weight, backend="triton")[0].cpu(), values.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_every_fp8_value_is_decoded_exactly(dtype):
+    assert _decodes_every_fp8_value("cpu", dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_every_fp8_value_is_decoded_exactly_on_the_device(dtype):
+    assert _decodes_every_fp8_value("cuda", dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shuffled", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_way_of_looking_up_gives_the_codebook(shuffled, dtype):
+    """One token with a single 1 reads a column of W off, which must be codebook · absmax to the bit before rounding."""
+    codes = torch.arange(16).repeat(64, 4)
+    weight = quantize_nf4(torch.tensor(CODEBOOK)[codes]).to("cuda")
+    x = torch.eye(64, dtype=dtype, device="cuda")[:16]
+    with override("quantized_linear", "nf4 small 16", FEW_ROWS | {"SHUFFLED": shuffled}):
+        y = quantized_linear(x, weight)
+    assert torch.equal(y.t().cpu(), torch.tensor(CODEBOOK)[codes][:, :16].to(dtype))
 
 
 @pytest.mark.parametrize(
