@@ -2,7 +2,14 @@ import pytest
 import torch
 from proofs import assert_as_good, prove, widen
 from specialize.kernels.channelwise import ChannelWeight, dequantize_channelwise, quantize_fp8, quantize_int8
-from specialize.kernels.quantized_linear import QUANTIZERS, SPEC, quantized_linear, quantized_linear_reference
+from specialize.kernels.nf4 import CODEBOOK, quantize_nf4
+from specialize.kernels.quantized_linear import (
+    FEW_ROWS,
+    QUANTIZERS,
+    SPEC,
+    quantized_linear,
+    quantized_linear_reference,
+)
 from specialize.kernels.tuning import override
 
 
