@@ -147,8 +147,11 @@ def time_ours(generator: Generator, workload: Workload) -> dict[str, Any]:
     return {"seconds": seconds, **generator.stats.as_dict()} | {"seconds": seconds}
 
 
-def floor_seconds(generator: Generator, workload: Workload) -> dict[str, float] | None:
-    """Seconds for the matrix operations, and for the bytes, that cannot be avoided, at the GPU's measured ceilings."""
+def floor_seconds(generator: Generator, workload: Workload, cached_tokens: int) -> dict[str, float] | None:
+    """Seconds for the matrix operations, and for the bytes, that cannot be avoided, at the GPU's measured ceilings.
+
+    ``cached_tokens`` of the prompts came from the prefix cache.
+    """
     if generator.model.device.type != "cuda":
         return None
     measured = ceilings()
@@ -156,7 +159,7 @@ def floor_seconds(generator: Generator, workload: Workload) -> dict[str, float] 
     config, element = generator.model.config, generator.model.dtype.itemsize
     per_token = sum(a.linear.weight.numel() for a in generator.model.adaptable)
     head = config.vocab_size * config.hidden_size
-    prompt = workload.prompt_tokens
+    prompt = workload.prompt_tokens - cached_tokens
     new = len(workload.prompts) * workload.new_tokens
     operations = 2 * per_token * (prompt + new) + 2 * head * new
     kv = 2 * config.num_layers * config.num_kv_heads * config.head_dim * element
@@ -252,7 +255,7 @@ def compare(
     row |= {"seconds": statistics.median(seconds), "all_seconds": seconds}
     row["tokens_per_s"] = generated / row["seconds"]
     row["stats"] = ours[-1]
-    floor = floor_seconds(generator, workload)
+    floor = floor_seconds(generator, workload, ours[-1]["cached_prompt_tokens"])
     if floor:
         row["floor_seconds"] = max(floor.values())
         row["share"] = row["floor_seconds"] / row["seconds"]
@@ -328,7 +331,7 @@ def gpu_suite(seconds: float, out: Path) -> int:
             run = time_ours(generator, workload)
             row = {"name": f"{model.removeprefix('random:')} {workload.name}", **environment(), "stats": run}
             row |= {"seconds": run["seconds"], "tokens_per_s": batch * new_tokens / run["seconds"]}
-            floor = floor_seconds(generator, workload)
+            floor = floor_seconds(generator, workload, run["cached_prompt_tokens"])
             if floor:
                 row |= {"floor_seconds": max(floor.values()), "share": max(floor.values()) / run["seconds"]}
             row |= split_step(generator, workload)
