@@ -269,7 +269,7 @@ def index(common: Common, corpus: str, out: Path, embedder: str, max_words: int,
         built = Index.build(corpus, out, encoder, max_words=max_words, overlap_words=overlap_words, progress=show)
     found: dict[str, Any] = {"index": str(out), "passages": len(built)}
     if encoder is not None:
-        found["recall_at_10"] = round(float(built.recall(10)), 4)
+        found["recall_at_10"] = round(built.manifest.recall_at_10 or 0.0, 4)
     common.show(found, ", ".join(f"{k}: {v}" for k, v in found.items()))
 
 

@@ -43,6 +43,11 @@ class Kind:
     max_output_words: int
     min_output_words: int
 
+    @property
+    def open_book(self) -> bool:
+        """The answer lies neither in the input nor follows from a long one: passages of the corpus can help."""
+        return not self.extractive and self.max_words <= SENTENCE_WORDS
+
     def answer_parts(self, text: str) -> list[tuple[str, str]]:
         return entities(text) if self.form in ("entities", "list") else [(text.strip(), "")]
 

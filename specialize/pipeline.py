@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -30,7 +30,7 @@ from .progress import Reporter
 from .recipe import Recipe, write_recipe
 from .records import Example, file_fingerprint, fingerprint, read_seeds, read_tasks
 from .synthesize import Synthesizer, number_of, run_jobs
-from .tune import encode, epoch_tokens, seed_examples, train, train_config
+from .tune import encode, encode_rows, epoch_tokens, seed_examples, train, train_config
 
 STAGES = ("index", "teacher", "instructions", "responses", "filter", "tune", "control", "evaluate", "report")
 INPUTS = ("model", "seeds", "corpus", "tasks")
@@ -97,6 +97,9 @@ class Run:
             | {"seeds": prints["seeds"], "corpus": prints["corpus"], "examples": plain["examples"]}
             | {f"instructions.{k}": v for k, v in plain["instructions"].items()},
         }
+        if self._teacher_reads():
+            shown = {f"responses.{k}": plain["responses"][k] for k in ("passages", "passage_words", "passages_for")}
+            found["teacher"] |= found["index"] | shown
         for round in range(1, self.recipe.rounds + 1):
             found[_numbered("responses", round)] = base | {f"responses.{k}": v for k, v in plain["responses"].items()}
             found[_numbered("filter", round)] = {
@@ -315,10 +318,12 @@ class Run:
         self._index = index
         info: dict[str, Any] = {"passages": len(index)}
         if settings.mode != "bm25":
-            info["recall_at_10"] = round(float(index.recall(10)), 4)
+            info["recall_at_10"] = round(index.manifest.recall_at_10 or 0.0, 4)
         return info
 
-    def _train(self, label: str, examples: list[Example], epochs: float, out: Path) -> dict[str, Any]:
+    def _train(
+        self, label: str, examples: list[Example], epochs: float, out: Path, more: Sequence[dict[str, str]] = ()
+    ) -> dict[str, Any]:
         from .engine.model import Model
         from .engine.tokenizer import Tokenizer
 
@@ -326,6 +331,8 @@ class Run:
         tokenizer = Tokenizer.from_pretrained(self.model_path)
         model = load_model(Model, self.model_path, self.recipe.dtype, self.device)
         rows = encode(tokenizer, examples)
+        if more:
+            rows += encode_rows(tokenizer, more)
         per_epoch = epoch_tokens(rows)
         if epochs <= 0:  # a budget in tokens, given as minus their number
             epochs = -epochs / per_epoch
@@ -350,9 +357,15 @@ class Run:
         return result
 
     def _do_teacher(self, _: int) -> dict[str, Any]:
-        return self._train(
-            "teacher", seed_examples(self.seeds), self.recipe.tune.teacher_epochs, self.folder / "teacher"
-        )
+        more = self.synthesizer.seed_rows_with_passages() if self._teacher_reads() else []
+        epochs = self.recipe.tune.teacher_epochs
+        info = self._train("teacher", seed_examples(self.seeds), epochs, self.folder / "teacher", more)
+        return info | {"rows_with_passages": len(more)}
+
+    def _teacher_reads(self) -> bool:
+        """Whether the teacher is tuned on seeds with passages, too, because answers will be written with them."""
+        recipe = self.recipe
+        return recipe.retrieval.mode != "off" and recipe.responses.passages > 0 and any(k.open_book for k in self.kinds)
 
     def _synthesis(self, round: int) -> None:
         """Instructions, responses and filter of one round, in waves until enough rows are kept."""
@@ -612,7 +625,11 @@ class Run:
         stages = self.ledger.stages()
         wanted = float(stages[_numbered("tune", self.recipe.rounds)].info["tokens"])
         teacher = stages.get("teacher")
-        if teacher is not None and abs(teacher.info["tokens"] - wanted) <= EQUAL_TOKENS * wanted:
+        if (
+            teacher is not None
+            and not teacher.info.get("rows_with_passages")
+            and abs(teacher.info["tokens"] - wanted) <= EQUAL_TOKENS * wanted
+        ):
             found = teacher.info | {"adapter_path": str(self.folder / "teacher"), "same_as": "teacher"}
         else:
             found = self._train("control (seeds alone)", seed_examples(self.seeds), -wanted, self.folder / "control")

@@ -497,7 +497,9 @@ class Synthesizer:
     def response_jobs(self, items: Sequence[Item], adapter: str | None) -> list[Job]:
         """The greedy and the sampled prompts of items. Groups share their demonstrations; passages come after them."""
         settings = self.recipe.responses
-        found = self._passages_for(items)
+        found = self.passages(
+            [(i.id, self.kind_named(i.kind), i.instruction, i.input, i.provenance.get("documents", [])) for i in items]
+        )
         jobs: list[Job] = []
         greedy: list[Job] = []
         sampled: list[Job] = []
@@ -507,14 +509,14 @@ class Synthesizer:
             chooser = self._group_generator("response", source, int(item.provenance["number"]))
             pool = list(kind.seeds) if kind else self.seeds
             seeds = chooser.sample(pool, min(settings.demonstrations, len(pool)))
-            hits = found.get(item.id, [])
+            shown = found.get(item.id, [])
             prompt = response_prompt(
                 item.instruction,
                 item.input,
                 [(s.instruction, s.input, s.output) for s in seeds],
-                [cut(hit.passage.text, settings.passage_words) for hit in hits],
+                [self.passage_text(passage) for passage in shown],
             )
-            trail = {"seeds": [s.id for s in seeds], "passages": [hit.passage.id for hit in hits]}
+            trail = {"seeds": [s.id for s in seeds], "passages": [passage.id for passage in shown]}
             first = self._params(
                 f"{item.id}/greedy", temperature=0.0, top_p=1.0, max_tokens=settings.max_tokens, n=1, stop=STOP
             )
@@ -535,29 +537,41 @@ class Synthesizer:
                 greedy, sampled = [], []
         return jobs
 
-    def _passages_for(self, items: Sequence[Item]) -> dict[str, list[Any]]:
+    def passages(self, asked: Sequence[tuple[str, Kind | None, str, str, Sequence[str]]]) -> dict[str, list[Any]]:
+        """Passages by id for those of ``asked`` (id, kind, instruction, input, documents the input was cut from) whose
+        answer the corpus can help with."""
         settings = self.recipe.responses
         if not settings.passages or self.index is None:
             return {}
-
-        def wants(item: Item) -> bool:
-            kind = self.kind_named(item.kind)
-            return (
-                settings.passages_for == "all"
-                or kind is None
-                or (kind.form in ("text", "list") and not kind.extractive)
-            )
-
-        chosen = [item for item in items if wants(item)]
-        if not chosen:
-            return {}
-        queries = [f"{item.instruction} {' '.join(item.input.split()[:96])}" for item in chosen]
+        chosen = [row for row in asked if settings.passages_for == "all" or row[1] is None or row[1].open_book]
+        queries = [
+            " ".join(text.split()[:96]) if text and kind is not None else f"{instruction} {' '.join(text.split()[:96])}"
+            for _, kind, instruction, text, _ in chosen
+        ]
         found = {}
-        for item, hits in zip(chosen, self._search(queries, settings.passages + 2), strict=True):
-            # The document that the input was cut from says nothing that the prompt does not hold already.
-            own = set(item.provenance.get("documents", []))
-            found[item.id] = [hit for hit in hits if hit.passage.document_id not in own][: settings.passages]
+        for (identity, _, _, _, own), hits in zip(chosen, self._search(queries, settings.passages + 2), strict=True):
+            # What the input was cut from says nothing new, unless its title does.
+            useful = [hit.passage for hit in hits if hit.passage.title or hit.passage.document_id not in own]
+            found[identity] = useful[: settings.passages]
         return found
+
+    def passage_text(self, passage: Any) -> str:
+        text = cut(passage.text, self.recipe.responses.passage_words)
+        return text if not passage.title or text.startswith(passage.title) else f"{passage.title}: {text}"
+
+    def seed_rows_with_passages(self) -> list[dict[str, str]]:
+        """The seeds of kinds that get passages, as they look with them: what the teacher learns to read."""
+        asked = [(s.id, kind, s.instruction, s.input, []) for kind in self.kinds if kind.open_book for s in kind.seeds]
+        found = self.passages(asked)
+        outputs = {seed.id: seed.output for seed in self.seeds}
+        return [
+            {
+                "prompt": response_prompt(instruction, text, (), [self.passage_text(p) for p in found[identity]]),
+                "response": outputs[identity],
+            }
+            for identity, _, instruction, text, _ in asked
+            if found.get(identity)
+        ]
 
     # judgement
 
