@@ -236,8 +236,8 @@ class Index:
         return exact_search(self._matrix, _normalised(vectors) if self.manifest.space == "cosine" else vectors, k)
 
     def recall(self, k: int = 10, num_queries: int = 200) -> float:
-        """Share of the true ``k`` nearest passages that the graph finds, over pieces of evenly spread passages as
-        queries."""
+        """Share of the true ``k`` nearest passages that the graph finds, over short pieces of evenly spread
+        passages as queries."""
         vectors = self._embed_queries(_sample_queries(self._store, num_queries), "dense")
         return _recall(self.dense(vectors, k)[0], self.exact(vectors, k)[0])
 
@@ -509,12 +509,13 @@ def _tune_ef(graph: Any, matrix: np.ndarray, store: _Passages, embedder: Embedde
 
 
 def _sample_queries(store: _Passages, num_queries: int) -> list[str]:
-    """The second half of evenly spread passages: near the corpus, yet equal to no stored text."""
+    """Four words from the middle of evenly spread passages. Short queries are the hard ones for a graph: over the Human
+    Phenotype Ontology ef 32 finds 99 % of the neighbours of half passages and 93 % of those of four words."""
     count = len(store)
     queries = []
     for number in sorted({int(i) for i in np.linspace(0, count - 1, min(num_queries, count))}):
         words = store[number].text.split()
-        queries.append(" ".join(words[len(words) // 2 :]))
+        queries.append(" ".join(words[len(words) // 2 :][:4]))
     return queries
 
 
