@@ -334,7 +334,10 @@ def gpu_suite(seconds: float, out: Path) -> int:
             floor = floor_seconds(generator, workload, run["cached_prompt_tokens"])
             if floor:
                 row |= {"floor_seconds": max(floor.values()), "share": max(floor.values()) / run["seconds"]}
-            row |= split_step(generator, workload)
+            try:
+                row |= split_step(generator, workload)
+            except (RuntimeError, ValueError) as error:  # the throughput stands without it
+                row["split_error"] = f"{type(error).__name__}: {str(error)[:200]}"
         except (RuntimeError, ValueError) as error:
             row = {"name": f"{model} b{batch}", "error": f"{type(error).__name__}: {str(error)[:500]}"}
         rows.append(row)
