@@ -37,9 +37,9 @@ def test_pages_fill_the_memory_given_and_no_more_than_can_be_used():
 
 def test_too_little_memory_is_one_line(monkeypatch):
     monkeypatch.setattr(cache, "available_memory_bytes", lambda device: 1 << 19)
-    with pytest.raises(InputError, match="no room for the KV cache: a page of 16 tokens takes 0.0 MiB"):
+    with pytest.raises(InputError, match=r"no room for the KV cache: a page of 16 tokens takes 0\.0 MiB"):
         plan(EngineConfig(), max_batch_tokens=4096)
-    with pytest.raises(InputError, match="a KV cache of 1.00 GiB is asked for"):
+    with pytest.raises(InputError, match=r"a KV cache of 1\.00 GiB is asked for"):
         plan(EngineConfig(memory_bytes=1 << 30))
 
 
