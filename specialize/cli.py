@@ -140,13 +140,13 @@ def _open_run(
 ) -> Any:
     """The run in a folder: what the command line says, else what the folder's recipe.yaml remembers."""
     from .pipeline import INPUTS, Run
-    from .recipe import override, read_recipe
+    from .recipe import override, read_recipe, remembered_inputs
     from .standalone import existing_model
 
     remembered = out / "recipe.yaml"
     chosen, inputs = read_recipe(recipe or (remembered if remembered.is_file() else "small"))
     if recipe and remembered.is_file():
-        inputs = read_recipe(remembered)[1] | inputs
+        inputs = remembered_inputs(remembered) | inputs
     changes: dict[str, Any] = {k: options[k] for k in ("examples", "rounds", "seed") if options.get(k) is not None}
     if common.dtype != "auto":
         changes["dtype"] = common.dtype

@@ -310,6 +310,15 @@ def read_recipe(name_or_path: str | Path) -> tuple[Recipe, dict[str, str]]:
     return _check_whole(_Reader(str(path)).section(Recipe, root, "", Recipe()), str(path)), inputs
 
 
+def remembered_inputs(path: Path) -> dict[str, str]:
+    """The ``inputs`` of a run folder's recipe, whatever its settings: an older version's may be unknown to this one."""
+    import yaml
+
+    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    inputs = found.get("inputs", {}) if isinstance(found, dict) else {}
+    return {str(key): str(value) for key, value in inputs.items()}
+
+
 def override(recipe: Recipe, settings: Mapping[str, Any] | Sequence[str]) -> Recipe:
     """The recipe with some settings changed: ``{"tune.rank": 8}`` or ``["tune.rank=8"]`` (values as in YAML)."""
     import yaml

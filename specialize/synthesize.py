@@ -200,7 +200,7 @@ class Synthesizer:
         return self._materials[key]
 
     def _cut_materials(self, kind: Kind | None) -> list[Material]:
-        sentence = kind is not None and kind.unit == "sentence"
+        sentence = kind is not None and (kind.unit == "sentence" or (kind.unit == "fields" and kind.open_book))
         if kind is None or kind.unit in ("written", "none"):
             low, high = 15, self.recipe.retrieval.chunk_words
         else:
@@ -215,6 +215,11 @@ class Synthesizer:
         for document in self._document_order(kind, wanted):
             texts = sentences(document.text) if sentence else [cut(document.text, high)]
             mine = []
+            if kind is not None and kind.open_book and sentence:
+                # A sentence that names what its document is about gives away what is asked for.
+                texts = [
+                    text for text in texts if not document.title or normalise(document.title) not in normalise(text)
+                ]
             for text in texts:
                 key_text = normalise(text)
                 if low <= len(text.split()) <= high and key_text not in seen and key_text:
@@ -236,7 +241,12 @@ class Synthesizer:
         """Of the first four times ``wanted`` sentences, those nearer to this kind's seeds than to other kinds' come
         first, shuffled: a sentence without a drug is no input for a task on drugs."""
         others = [k for k in self.kinds if k.unit == "sentence" and k.id != kind.id]
-        if self.embed is None or not others or self.recipe.instructions.material != "nearest":
+        if (
+            kind.unit != "sentence"
+            or self.embed is None
+            or not others
+            or self.recipe.instructions.material != "nearest"
+        ):
             return found
         pool = found[: 4 * wanted]
         vectors = self.embed([material.text for material in pool])
