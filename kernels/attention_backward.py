@@ -1,11 +1,12 @@
-"""Triton backward of packed attention: δ first, then dK and dV by key tile, dQ by query tile. No atomics, so gradients repeat bitwise.
+"""Triton backward of packed attention: δ first, then dK and dV by key tile, dQ by query tile. No atomics, so
+gradients repeat bitwise.
 
 With P from the saved log-sum-exp and δ_i = Σ_d out_id·dout_id:
 
     dV = Pᵀ dout        dS = P ∘ (dout Vᵀ − δ)        dQ = softmax_scale · dS K        dK = softmax_scale · dSᵀ Q
 
-Key tiles sum over the query heads of their group inside one program. Scores are recomputed twice (7 matrix products where 5 are
-counted); that is the price of two kernels without atomics.
+Key tiles sum over the query heads of their group inside one program. Scores are recomputed twice (7 matrix
+products where 5 are counted); that is the price of two kernels without atomics.
 """
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
@@ -17,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_forward import heads_per_group, schedule
+from .attention_forward import heads_per_group, schedule, tiles
 from .attention_tiles import LOG2_E, allowed_pairs, key_limits, load_rows, locate_tile, split_head_dim, store_rows
 
 UNSPECIALISED = ["stat_head", "num_sequences", "num_tiles", "num_heads", "heads_per_group", "window"]
@@ -184,7 +185,8 @@ def key_gradient_kernel(
         if CAUSAL or HAS_WINDOW:
             dk0, dk1, dk2, dv0, dv1, dv2 = accumulate_key_gradients(
                 dk0, dk1, dk2, dv0, dv1, dv2, k0, k1, k2, v0, v1, v2, q_head_base, dout_head_base, lse_head_base,
-                delta_head_base, q_stride, dout_stride, keys, row, slope, begin, tl.minimum(full_begin, end), length, window,
+                delta_head_base, q_stride, dout_stride, keys, row, slope, begin, tl.minimum(full_begin, end), length,
+                window,
                 scale, HEAD_DIM, D0, D1, D2, BLOCK_M, CAUSAL, HAS_ALIBI, HAS_WINDOW, True,
             )  # fmt: skip
         dk0, dk1, dk2, dv0, dv1, dv2 = accumulate_key_gradients(
@@ -341,23 +343,35 @@ def query_gradient_kernel(
 
 
 def default_key_config(head_dim: int, element_bytes: int, target: int = 80) -> dict[str, int]:
-    """Tiles of the dK/dV kernel where tuned/ has nothing."""
+    """Tiles of the dK/dV kernel where tuned/ has nothing: the largest that do not spill."""
     if element_bytes == 4:
-        return {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+        return tiles(16, 32, 4, 1)
+    if head_dim % 16:  # as in the forward: no software pipelining of unaligned loads
+        return tiles(32, 64, 8, 1)
     if head_dim > 128:
-        return {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 8, "num_stages": 1}
-    if head_dim > 64:
-        return {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
+        return tiles(16, 32, 8, 1)
+    if head_dim <= 64:
+        return tiles(64, 128, 8, 2) if target >= 90 else tiles(32, 128, 8, 2)
+    if target >= 100:
+        return tiles(64, 128, 8, 2)
+    if target < 90 and head_dim & (head_dim - 1):
+        return tiles(16, 64, 4, 2)
+    return tiles(32, 64, 8, 2)
 
 
 def default_query_config(head_dim: int, element_bytes: int, target: int = 80) -> dict[str, int]:
-    """Tiles of the dQ kernel where tuned/ has nothing."""
+    """Tiles of the dQ kernel where tuned/ has nothing: the largest that do not spill."""
     if element_bytes == 4:
-        return {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
+        return tiles(32, 16, 4, 1)
+    if head_dim % 16:
+        return tiles(64, 32, 8, 1)
     if head_dim > 128:
-        return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
-    return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
+        return tiles(32, 32, 8, 1)
+    if target >= 100:
+        return tiles(128, 64, 8, 2) if head_dim > 64 else tiles(64, 64, 8, 2)
+    if target >= 90:
+        return tiles(128, 64, 8, 3)
+    return tiles(128, 32, 8, 2) if head_dim > 64 else tiles(128, 64, 8, 2)
 
 
 def launch_delta(out: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
@@ -366,7 +380,8 @@ def launch_delta(out: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
     delta = torch.empty((num_heads, num_tokens), dtype=torch.float32, device=out.device)
     if num_tokens:
         delta_kernel[(triton.cdiv(num_tokens, 64), num_heads)](
-            out, dout, delta, out.stride(0), out.stride(1), dout.stride(0), dout.stride(1), delta.stride(0), num_tokens,
+            out, dout, delta, out.stride(0), out.stride(1), dout.stride(0), dout.stride(1), delta.stride(0),
+            num_tokens,
             HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_M=64, num_warps=4,
         )  # fmt: skip
     return delta

@@ -1,8 +1,9 @@
 """Attention of a generation step against the paged KV cache.
 
-Query i of sequence b stands at position context_lens[b] − query_len[b] + i and sees the keys at positions up to its own;
-the key at position j lies in page page_table[b, j // S] at offset j % S. The step's own keys and values are already in the
-pages. Scores and output as in attention_prefill; quantised pages hold k / k_scale[K] and v / v_scale[K].
+Query i of sequence b stands at position context_lens[b] − query_len[b] + i and sees the keys at positions up to
+its own; the key at position j lies in page page_table[b, j // S] at offset j % S. The step's own keys and
+values are already in the pages. Scores and output as in attention_prefill; quantised pages hold k / k_scale[K]
+and v / v_scale[K].
 
 The Triton kernels are in attention_paged.py.
 """
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from . import cpu_attention
-from .attention_prefill import bias_tile, check_attention, sdpa_sequence, shape_bucket
+from .attention_prefill import bias_tile, capability, check_attention, sdpa_sequence, shape_bucket
 from .dispatch import bad_argument, choose_backend
 from .tuning import tuned_config
 
@@ -77,7 +78,9 @@ def attention_paged_reference(
 
 
 def _torch_decodes(q, k_cache, v_cache, page_table, context_lens, softmax_scale, slopes, window, k_scale, v_scale):
-    """All one-query sequences in one padded SDPA call. Padding repeats a valid token, so no unwritten page is read."""
+    """All one-query sequences in one padded SDPA call. Padding repeats a valid token, so no unwritten page is
+    read.
+    """
     page_size = k_cache.shape[1]
     context_lens = context_lens.long()
     max_context = int(context_lens.max())
@@ -183,7 +186,9 @@ def _check(
     v_scale,
     shared_prefix_len,
 ) -> None:
-    """What paged attention asks beyond check_attention. Values are looked at on the CPU only: no sync with a device."""
+    """What paged attention asks beyond check_attention. Values are looked at on the CPU only: no sync with a
+    device.
+    """
     if k_cache.dim() != 4 or v_cache.shape != k_cache.shape:
         given = f"of shapes {tuple(k_cache.shape)} and {tuple(v_cache.shape)}"
         raise bad_argument(OP, "k_cache, v_cache", given, "[P,S,K,D], both alike")
@@ -250,16 +255,18 @@ def attention_paged(
 ) -> torch.Tensor:
     """Attention of queries [T,H,D] against pages [P,S,K,D]; returns out [T,H,D]. No gradient.
 
-    page_table i32 [B,N] (entries past a sequence's context are never read), context_lens i32 [B] counts this step's tokens
-    too, query_starts i32 [B+1]. The first ``num_decodes`` sequences have exactly one query each. ``shared_prefix_len`` tokens
-    at the start are common to all decodes (their page-table rows begin alike) and may be read once, which moves the bounds of
-    the sums and so the last bits. k_scale, v_scale f32 [K].
-    Backends: "triton"; "cpp" (CPU, reads the pages in place); "torch" and "sdpa" (gathered pages, SDPA); "flash" (the flash-attn package, 16-bit pages).
-    Raises ValueError for arguments that do not fit, before any launch.
+    page_table i32 [B,N] (entries past a sequence's context are never read), context_lens i32 [B] counts this
+    step's tokens too, query_starts i32 [B+1]. The first ``num_decodes`` sequences have exactly one query each.
+    ``shared_prefix_len`` tokens at the start are common to all decodes (their page-table rows begin alike) and
+    may be read once, which moves the bounds of the sums and so the last bits. k_scale, v_scale f32 [K].
+    Backends: "triton"; "cpp" (CPU, reads the pages in place); "torch" and "sdpa" (gathered pages, SDPA);
+    "flash" (the flash-attn package, 16-bit pages). Raises ValueError for arguments that do not fit, before any
+    launch.
     """
     check_attention(OP, q, {"k_cache": k_cache, "v_cache": v_cache}, query_starts, softmax_scale, alibi_slopes, window)
     _check(
-        q, k_cache, v_cache, page_table, context_lens, query_starts, max_query_len, max_context_len, num_decodes, k_scale,
+        q, k_cache, v_cache, page_table, context_lens, query_starts, max_query_len, max_context_len, num_decodes,
+        k_scale,
         v_scale, shared_prefix_len,
     )  # fmt: skip
     chosen = choose_backend(OP, q, backend, BACKENDS, cpu_attention.default_backend(q, k_cache, k_scale, v_scale))
@@ -279,16 +286,21 @@ def attention_paged(
         sizes = (q.shape[-1], q.dtype.itemsize)
         bucket = f"{shape_bucket(q)}-{k_cache.dtype.itemsize * 8}bit"
         decode_config = tuned_config("attention_decode", bucket, kernels.default_decode_config(*sizes))
-        chunk_config = tuned_config("attention_chunk", bucket, kernels.default_chunk_config(*sizes))
+        chunk_config = tuned_config(
+            "attention_chunk", bucket, kernels.default_chunk_config(*sizes, capability(q), k_cache.dtype.itemsize)
+        )
+        vector_config = tuned_config("attention_decode_vector", bucket, kernels.default_vector_config())
         return kernels.launch_paged(
             q, k_cache, v_cache, page_table, context_lens, query_starts, max_query_len, max_context_len, num_decodes,
             softmax_scale, alibi_slopes, window, k_scale, v_scale, shared_prefix_len, decode_config, chunk_config,
+            vector_config,
         )  # fmt: skip
     if chosen == "flash":
         if k_scale is not None or v_scale is not None or k_cache.dtype.itemsize != 2:
             raise bad_argument(OP, "k_cache", k_cache.dtype, "float16 or bfloat16 without scales with backend 'flash'")
         return _flash_paged(
-            q, k_cache, v_cache, page_table, context_lens, query_starts, max_query_len, max_context_len, softmax_scale,
+            q, k_cache, v_cache, page_table, context_lens, query_starts, max_query_len, max_context_len,
+            softmax_scale,
             alibi_slopes, window,
         )  # fmt: skip
     return _torch_paged(

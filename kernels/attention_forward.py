@@ -1,4 +1,6 @@
-"""Triton forward kernel of packed attention for any GPU (and the interpreter); Hopper's own is attention_hopper.py."""
+"""Triton forward kernel of packed attention for any GPU (and the interpreter); Hopper's own is
+attention_hopper.py.
+"""
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def schedule(program, num_tiles, num_heads, heads_per_group):
-    """Tile and head of a program. Long causal tiles come first, and a group of heads, small enough for its keys and values to
-    stay in the L2 cache, is finished before the next."""
+    """Tile and head of a program. Long causal tiles come first, and a group of heads, small enough for its keys
+    and values to stay in the L2 cache, is finished before the next."""
     group_size = num_tiles * heads_per_group
     group = program // group_size
     heads_here = tl.minimum(heads_per_group, num_heads - group * heads_per_group)
@@ -38,7 +40,9 @@ def forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BLOCK_M queries of one head against all its keys. ``scale`` carries log2(e); lse is written as [H,T]."""
+    """One tile of BLOCK_M queries of one head against all its keys. ``scale`` carries log2(e); lse is written
+    as [H,T].
+    """
     tile, head = schedule(tl.program_id(0), num_tiles, num_heads, heads_per_group)
     _, sequence_start, length, row = locate_tile(starts, tile, num_sequences, BLOCK_M)
     if row >= length:
@@ -76,17 +80,20 @@ def forward_kernel(
     begin, full_begin, full_end, edge, end = key_limits(row, last_position, length, window, CAUSAL, HAS_WINDOW, BLOCK_N)
     if HAS_WINDOW:
         acc0, acc1, acc2, row_sum, row_max = attend(
-            acc0, acc1, acc2, row_sum, row_max, q0, q1, q2, positions, last_position, slope, k_base, v_base, k_stride, v_stride,
+            acc0, acc1, acc2, row_sum, row_max, q0, q1, q2, positions, last_position, slope, k_base, v_base,
+            k_stride, v_stride,
             starts, 0, 0, begin, tl.minimum(full_begin, end), length, window, scale, HEAD_DIM, D0, D1, D2, BLOCK_N, 0,
             CAUSAL, HAS_ALIBI, HAS_WINDOW, True,
         )  # fmt: skip
     acc0, acc1, acc2, row_sum, row_max = attend(
-        acc0, acc1, acc2, row_sum, row_max, q0, q1, q2, positions, last_position, slope, k_base, v_base, k_stride, v_stride,
+        acc0, acc1, acc2, row_sum, row_max, q0, q1, q2, positions, last_position, slope, k_base, v_base, k_stride,
+        v_stride,
         starts, 0, 0, full_begin, full_end, length, window, scale, HEAD_DIM, D0, D1, D2, BLOCK_N, 0,
         CAUSAL, HAS_ALIBI, HAS_WINDOW, False,
     )  # fmt: skip
     acc0, acc1, acc2, row_sum, row_max = attend(
-        acc0, acc1, acc2, row_sum, row_max, q0, q1, q2, positions, last_position, slope, k_base, v_base, k_stride, v_stride,
+        acc0, acc1, acc2, row_sum, row_max, q0, q1, q2, positions, last_position, slope, k_base, v_base, k_stride,
+        v_stride,
         starts, 0, 0, edge, end, length, window, scale, HEAD_DIM, D0, D1, D2, BLOCK_N, 0,
         CAUSAL, HAS_ALIBI, HAS_WINDOW, True,
     )  # fmt: skip
@@ -111,15 +118,22 @@ def heads_per_group(num_heads: int, group: int, max_len: int, head_dim: int, ele
     return min(num_heads, kv_heads * group)
 
 
+def tiles(block_m: int, block_n: int, num_warps: int, num_stages: int) -> dict[str, int]:
+    """A launch configuration."""
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
+
+
 def default_config(head_dim: int, element_bytes: int, target: int = 80) -> dict[str, int]:
-    """Tiles for Ampere and later where tuned/ has nothing."""
+    """Tiles where tuned/ has nothing: the largest that do not spill on compute capability ``target``."""
     if element_bytes == 4:
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+        return tiles(32, 32, 4, 1)
+    if head_dim % 16:  # unaligned loads: software pipelining gave wrong values on an H100 with Triton 3.6
+        return tiles(64, 32, 4, 1)
     if head_dim > 128:
-        return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
-    if head_dim > 64:
-        return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
-    return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
+        return tiles(64, 32, 8, 2)
+    if target < 90 and head_dim > 64:
+        return tiles(128, 32, 8, 3)
+    return tiles(128, 64, 8, 3)
 
 
 def launch_forward(
@@ -147,8 +161,10 @@ def launch_forward(
     d0, d1, d2 = split_head_dim(head_dim)
     forward_kernel[(num_tiles * num_heads,)](
         q, k, v, out, lse, query_starts, slopes if slopes is not None else query_starts,
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), out.stride(0), out.stride(1), lse.stride(0),
-        num_sequences, num_tiles, num_heads, heads_per_group(num_heads, group, max_query_len, head_dim, q.element_size()),
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), out.stride(0), out.stride(1),
+        lse.stride(0),
+        num_sequences, num_tiles, num_heads, heads_per_group(num_heads, group, max_query_len, head_dim,
+        q.element_size()),
         window if window is not None else 0, softmax_scale * LOG2_E,
         GROUP=group, HEAD_DIM=head_dim, D0=d0, D1=d1, D2=d2,
         CAUSAL=causal, HAS_ALIBI=slopes is not None, HAS_WINDOW=window is not None, **config,

@@ -1,9 +1,11 @@
-"""Hopper's forward kernel of packed causal attention, in Gluon: TMA copies, two consumer warpgroups, a persistent grid.
+"""Hopper's forward kernel of packed causal attention, in Gluon: TMA copies, two consumer warpgroups, a
+persistent grid.
 
-A producer warp runs ahead through all tiles of its program and copies query, key and value tiles; two warpgroups hold 64
-queries each. Inside a warpgroup the score product of the next key block is issued before the value product of this one, so the
-tensor cores work while the softmax runs (the pipelining of Shah et al., "FlashAttention-3", 2024). Keys run from the diagonal
-backwards: only the first blocks are masked, and every row meets a valid key in its first block.
+A producer warp runs ahead through all tiles of its program and copies query, key and value tiles; two
+warpgroups hold 64 queries each. Inside a warpgroup the score product of the next key block is issued before the
+value product of this one, so the tensor cores work while the softmax runs (the pipelining of Shah et al.,
+"FlashAttention-3", 2024). Keys run from the diagonal backwards: only the first blocks are masked, and every row
+meets a valid key in its first block.
 """
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
 # pyright: reportAssignmentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
@@ -41,10 +43,11 @@ def find_tile(
     ROWS: gl.constexpr,
     LATE_FIRST: gl.constexpr,
 ):
-    """The slot-th tile of this program: sequence start, length, first row and head. An empty slot's row is the length.
+    """The slot-th tile of this program: sequence start, length, first row and head. An empty slot's row is the
+    length.
 
-    The longest tiles come first (the last queries, or the first keys), and slots run there and back over the programs, so that
-    each gets long and short ones alike.
+    The longest tiles come first (the last queries, or the first keys), and slots run there and back over the
+    programs, so that each gets long and short ones alike.
     """
     program = gl.program_id(0)
     lane = gl.where(slot % 2 == 0, program, num_programs - 1 - program)
@@ -107,18 +110,18 @@ def produce(
 
 
 @gluon.jit
-def mask_scores(scores, rows, keys):
-    """Keeps key ≤ query; the finite floor never meets a row without a valid key."""
-    return gl.where(keys[None, :] <= rows[:, None], scores, -1.0e30)
+def mask_scores(scores, limits, column_ids, layout: gl.constexpr):
+    """Keeps columns up to each row's limit; the finite floor never meets a row without a valid key."""
+    return gl.where(column_ids.load(layout)[None, :] <= limits[:, None], scores, -1.0e30)
 
 
 @gluon.jit
 def consume(
-    half: gl.constexpr, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
+    half: gl.constexpr, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, biases,
+    column_ids,
     out, lse, starts, slopes, out_stride, out_head, lse_head, scale,
     num_slots, num_programs, num_tiles, num_heads, num_sequences, group_heads,
     HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HAS_ALIBI: gl.constexpr,
-    TAKE_TURNS: gl.constexpr,
 ):  # fmt: skip
     """Softmax and products of one half tile of 64 queries."""
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -132,7 +135,6 @@ def consume(
 
     tiles_done = 0
     blocks_done = 0
-    turns_done = 0
     for slot in range(num_slots):
         start, length, row, head = find_tile(
             starts, slot, num_programs, num_tiles, num_heads, num_sequences, group_heads, 128, True
@@ -143,11 +145,12 @@ def consume(
             # Blocks whose keys all lie at or before this half's first row need no mask.
             masked_blocks = last_block + 1 - (first_row + 1) // BLOCK_N
             rows = first_row + gl.arange(0, 64, row_layout)
-            columns = gl.arange(0, BLOCK_N, column_layout)
             slope = 0.0
             if HAS_ALIBI:
                 slope = gl.load(slopes + head) * 1.4426950408889634
-            column_bias = slope * columns.to(gl.float32)
+            # Column numbers and biases wait in shared memory: the loop needs the registers.
+            if HAS_ALIBI:
+                biases.index(half).store(slope * column_ids.load(column_layout))
             reference = row + 127
 
             mbarrier.wait(q_full.index(half), tiles_done & 1)
@@ -167,8 +170,8 @@ def consume(
             mbarrier.arrive(k_empty.index(stage), count=1)
             block_begin = last_block * BLOCK_N
             if HAS_ALIBI:
-                scores = scores * scale + column_bias[None, :]
-            scores = mask_scores(scores, rows, block_begin + columns)
+                scores = scores * scale + biases.index(half).load(column_layout)[None, :]
+            scores = mask_scores(scores, (rows - block_begin).to(gl.float32), column_ids, column_layout)
             # row_max is kept relative to the block's own bias, which is one number for all its keys.
             if HAS_ALIBI:
                 block_bias = slope * (block_begin - reference).to(gl.float32)
@@ -189,8 +192,6 @@ def consume(
                 stage = blocks_done % STAGES
                 phase = (blocks_done // STAGES) & 1
                 mbarrier.wait(k_full.index(stage), phase)
-                if TAKE_TURNS:
-                    mbarrier.wait(turns.index(half), (turns_done & 1) ^ (1 - half))
                 scores_token = warpgroup_mma(
                     queries,
                     k_tiles.index(stage).reshape([BLOCK_N, WIDTH]).permute((1, 0)),
@@ -202,16 +203,13 @@ def consume(
                 acc_token = warpgroup_mma(
                     narrow, v_tiles.index(value_stage).reshape([BLOCK_N, WIDTH]), acc, is_async=True
                 )
-                if TAKE_TURNS:
-                    mbarrier.arrive(turns.index(1 - half), count=1)
-                    turns_done += 1
                 scores = warpgroup_mma_wait(1, deps=[scores_token])
                 mbarrier.arrive(k_empty.index(stage), count=1)
                 block_begin -= BLOCK_N
                 if HAS_ALIBI:
-                    scores = scores * scale + column_bias[None, :]
+                    scores = scores * scale + biases.index(half).load(column_layout)[None, :]
                 if step < masked_blocks:
-                    scores = mask_scores(scores, rows, block_begin + columns)
+                    scores = mask_scores(scores, (rows - block_begin).to(gl.float32), column_ids, column_layout)
                 if HAS_ALIBI:
                     block_bias = slope * (block_begin - reference).to(gl.float32)
                     new_max = gl.maximum(row_max, gl.max(scores, 1) + block_bias)
@@ -235,6 +233,11 @@ def consume(
             mbarrier.arrive(v_empty.index(stage), count=1)
             tiles_done += 1
 
+            # Asked again rather than kept: the loop has no register to spare.
+            start, length, row, head = find_tile(
+                starts, slot, num_programs, num_tiles, num_heads, num_sequences, group_heads, 128, True
+            )
+            first_row = row + half * 64
             acc = acc * gl.convert_layout(1.0 / row_sum, out_row_layout)[:, None]
             result = gl.convert_layout(acc.to(element), store_layout)
             store_rows = first_row + gl.arange(0, 64, gl.SliceLayout(1, store_layout))
@@ -258,22 +261,24 @@ def hopper_forward_kernel(
     q_desc, k_desc, v_desc, out, lse, starts, slopes, out_stride, out_head, lse_head, scale,
     num_slots, num_tiles, num_heads, num_sequences, group_heads,
     GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HAS_ALIBI: gl.constexpr,
-    TAKE_TURNS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, num_warps: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Persistent: program p works through slots 0 … num_slots − 1, one tile of 128 queries each."""
     WIDTH: gl.constexpr = q_desc.block_type.shape[2]  # the head dim padded to a power of two; the copies fill in zeros
     q_tiles = gl.allocate_shared_memory(q_desc.dtype, [2, 64, 1, WIDTH], q_desc.layout)
     k_tiles = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_N, 1, WIDTH], k_desc.layout)
     v_tiles = gl.allocate_shared_memory(v_desc.dtype, [STAGES, BLOCK_N, 1, WIDTH], v_desc.layout)
+    biases = gl.allocate_shared_memory(gl.float32, [2, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    column_layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    column_ids = gl.allocate_shared_memory(gl.float32, [BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    column_ids.store(gl.arange(0, BLOCK_N, column_layout).to(gl.float32))
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
-        mbarrier.init(turns.index(i), count=1)
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
     for i in gl.static_range(STAGES):
@@ -285,16 +290,16 @@ def hopper_forward_kernel(
     gl.warp_specialize(
         [
             (consume, (
-                0, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
+                0, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, biases, column_ids,
                 out, lse, starts, slopes, out_stride, out_head, lse_head, scale,
                 num_slots, num_programs, num_tiles, num_heads, num_sequences, group_heads,
-                HEAD_DIM, WIDTH, BLOCK_N, STAGES, HAS_ALIBI, TAKE_TURNS,
+                HEAD_DIM, WIDTH, BLOCK_N, STAGES, HAS_ALIBI,
             )),
             (consume, (
-                1, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
+                1, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, biases, column_ids,
                 out, lse, starts, slopes, out_stride, out_head, lse_head, scale,
                 num_slots, num_programs, num_tiles, num_heads, num_sequences, group_heads,
-                HEAD_DIM, WIDTH, BLOCK_N, STAGES, HAS_ALIBI, TAKE_TURNS,
+                HEAD_DIM, WIDTH, BLOCK_N, STAGES, HAS_ALIBI,
             )),
             (produce, (
                 q_desc, k_desc, v_desc, q_tiles, k_tiles, v_tiles,
@@ -310,7 +315,7 @@ def hopper_forward_kernel(
 
 def default_config(head_dim: int) -> dict[str, int]:
     """Tiles where tuned/ has nothing."""
-    return {"BLOCK_N": 128, "STAGES": 2, "TAKE_TURNS": 0, "CONSUMER_REGISTERS": 240}
+    return {"BLOCK_N": 128, "STAGES": 2 if head_dim > 64 else 3, "CONSUMER_REGISTERS": 240}
 
 
 def supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, causal: bool) -> bool:
@@ -324,7 +329,9 @@ _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
 def make_descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
-    """TMA descriptor of x [T,N,D] for tiles of ``rows`` tokens of one head, the head dim padded with zeros to a power of two."""
+    """TMA descriptor of x [T,N,D] for tiles of ``rows`` tokens of one head, the head dim padded with zeros to a
+    power of two.
+    """
     block = [rows, 1, max(16, 1 << (x.shape[2] - 1).bit_length())]
     layout = gl.NVMMASharedLayout.get_default_for(block, _DTYPES[x.dtype])
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)

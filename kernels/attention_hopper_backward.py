@@ -1,7 +1,8 @@
 """Hopper's backward kernels of packed causal attention, in Gluon; formulas as in attention_backward.py.
 
-Same frame as attention_hopper.py: a producer warp copies tiles by TMA, two warpgroups hold 64 keys (dK, dV) or 64 queries (dQ)
-each, the grid is persistent. Weights and score gradients stay in registers as the left operand of the next product.
+Same frame as attention_hopper.py: a producer warp copies tiles by TMA, two warpgroups hold 64 keys (dK, dV) or
+64 queries (dQ) each, the grid is persistent. Weights and score gradients stay in registers as the left operand
+of the next product.
 """
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
 # pyright: reportAssignmentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
@@ -46,7 +47,8 @@ def produce_queries(
     num_slots, num_programs, num_tiles, num_kv_heads, num_sequences, group_heads,
     GROUP: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, HAS_ALIBI: gl.constexpr,
 ):  # fmt: skip
-    """For key_gradient_kernel: a tile's keys and values once, then the query and dout blocks of each head of its group.
+    """For key_gradient_kernel: a tile's keys and values once, then the query and dout blocks of each head of
+    its group.
 
     The queries' log-sum-exp and δ are loaded here too, so that no consumer waits for global memory.
     """
@@ -91,7 +93,7 @@ def produce_queries(
 
 @gluon.jit
 def consume_queries(
-    half: gl.constexpr, q_tiles, dout_tiles, k_tiles, v_tiles, statistics, full, empty, kv_full, kv_empty,
+    half: gl.constexpr, q_tiles, dout_tiles, k_tiles, v_tiles, statistics, column_ids, full, empty, kv_full, kv_empty,
     dk, dv, starts, slopes, dk_stride, dk_head, scale, softmax_scale,
     num_slots, num_programs, num_tiles, num_kv_heads, num_sequences, group_heads,
     GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr,
@@ -111,9 +113,7 @@ def consume_queries(
             starts, slot, num_programs, num_tiles, num_kv_heads, num_sequences, group_heads, 128, False
         )
         if row < length:
-            first_key = row + half * 64
             keys = half * 64 + gl.arange(0, 64, gl.SliceLayout(1, score_layout))
-            columns = gl.arange(0, BLOCK_M, column_layout)
             empty_scores = gl.zeros([64, BLOCK_M], gl.float32, score_layout)
             dk_acc = gl.zeros([64, WIDTH], gl.float32, out_layout)
             dv_acc = gl.zeros([64, WIDTH], gl.float32, out_layout)
@@ -150,7 +150,10 @@ def consume_queries(
                         scores += key_bias[:, None]
                     block_begin = block * BLOCK_M
                     if block_begin < half * 64 + 63:
-                        scores = gl.where(keys[:, None] <= block_begin + columns[None, :], scores, float("-inf"))
+                        limits = (keys - block_begin).to(gl.float32)
+                        scores = gl.where(
+                            column_ids.load(column_layout)[None, :] >= limits[:, None], scores, float("-inf")
+                        )
                     weights = gl.exp2(scores)
                     narrow = gl.convert_layout(weights.to(element), weight_layout)
                     dv_token = warpgroup_mma(
@@ -167,6 +170,11 @@ def consume_queries(
                     blocks_done += 1
             mbarrier.arrive(kv_empty.index(half), count=1)
             tiles_done += 1
+            # Asked again rather than kept: the loop has no register to spare.
+            start, length, row, kv_head = find_tile(
+                starts, slot, num_programs, num_tiles, num_kv_heads, num_sequences, group_heads, 128, False
+            )
+            first_key = row + half * 64
             base = start.to(gl.int64) * dk_stride + kv_head.to(gl.int64) * dk_head
             store_tile(dk + base, dk_acc * softmax_scale, dk_stride, first_key, length, HEAD_DIM, WIDTH)
             store_tile(dv + base, dv_acc, dk_stride, first_key, length, HEAD_DIM, WIDTH)
@@ -180,7 +188,7 @@ def hopper_key_gradient_kernel(
     q_desc, dout_desc, k_desc, v_desc, dk, dv, lse, delta, starts, slopes, dk_stride, dk_head, stat_head,
     scale, softmax_scale, num_slots, num_tiles, num_heads, num_sequences, group_heads,
     GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, HAS_ALIBI: gl.constexpr,
-    CONSUMER_REGISTERS: gl.constexpr, num_warps: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of tiles of 128 keys; ``num_heads`` counts key/value heads."""
     WIDTH: gl.constexpr = q_desc.block_type.shape[2]  # the head dim padded to a power of two; the copies fill in zeros
@@ -190,6 +198,9 @@ def hopper_key_gradient_kernel(
     v_tiles = gl.allocate_shared_memory(q_desc.dtype, [2, 64, 1, WIDTH], v_desc.layout)
     # Per stage: the queries' log-sum-exp (in log2, ALiBi's row part added) and their δ.
     statistics = gl.allocate_shared_memory(gl.float32, [2 * STAGES, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    flat_layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    column_ids = gl.allocate_shared_memory(gl.float32, [BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    column_ids.store(gl.arange(0, BLOCK_M, flat_layout).to(gl.float32))
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     kv_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -204,13 +215,13 @@ def hopper_key_gradient_kernel(
     gl.warp_specialize(
         [
             (consume_queries, (
-                0, q_tiles, dout_tiles, k_tiles, v_tiles, statistics, full, empty, kv_full, kv_empty,
+                0, q_tiles, dout_tiles, k_tiles, v_tiles, statistics, column_ids, full, empty, kv_full, kv_empty,
                 dk, dv, starts, slopes, dk_stride, dk_head, scale, softmax_scale,
                 num_slots, num_programs, num_tiles, num_heads, num_sequences, group_heads,
                 GROUP, HEAD_DIM, WIDTH, BLOCK_M, STAGES, HAS_ALIBI,
             )),
             (consume_queries, (
-                1, q_tiles, dout_tiles, k_tiles, v_tiles, statistics, full, empty, kv_full, kv_empty,
+                1, q_tiles, dout_tiles, k_tiles, v_tiles, statistics, column_ids, full, empty, kv_full, kv_empty,
                 dk, dv, starts, slopes, dk_stride, dk_head, scale, softmax_scale,
                 num_slots, num_programs, num_tiles, num_heads, num_sequences, group_heads,
                 GROUP, HEAD_DIM, WIDTH, BLOCK_M, STAGES, HAS_ALIBI,
@@ -234,7 +245,9 @@ def produce_keys(
     starts, num_slots, num_programs, num_tiles, num_heads, num_sequences, group_heads,
     GROUP: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """For query_gradient_kernel: a tile's queries and dout once, then its key and value blocks from the last to the first."""
+    """For query_gradient_kernel: a tile's queries and dout once, then its key and value blocks from the last to
+    the first.
+    """
     tiles_done = 0
     blocks_done = 0
     for slot in range(num_slots):
@@ -267,7 +280,7 @@ def produce_keys(
 @gluon.jit
 def consume_keys(
     half: gl.constexpr, q_tiles, dout_tiles, k_tiles, v_tiles,
-    q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, biases, column_ids,
     dq, lse, delta, starts, slopes, dq_stride, dq_head, stat_head, scale, softmax_scale,
     num_slots, num_programs, num_tiles, num_heads, num_sequences, group_heads,
     HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr,
@@ -275,6 +288,7 @@ def consume_keys(
 ):  # fmt: skip
     """dQ of one half tile of 64 queries."""
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    column_layout: gl.constexpr = gl.SliceLayout(0, score_layout)
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     weight_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
     element: gl.constexpr = q_tiles.dtype
@@ -289,14 +303,14 @@ def consume_keys(
             first_row = row + half * 64
             last_block = (gl.minimum(row + 128, length) - 1) // BLOCK_N
             positions = first_row + gl.arange(0, 64, gl.SliceLayout(1, score_layout))
-            columns = gl.arange(0, BLOCK_N, gl.SliceLayout(0, score_layout))
             statistics = head.to(gl.int64) * stat_head + start + positions
             log_sums = gl.load(lse + statistics, mask=positions < length, other=float("inf")) * 1.4426950408889634
             deltas = gl.load(delta + statistics, mask=positions < length, other=0.0)
             slope = 0.0
             if HAS_ALIBI:
                 slope = gl.load(slopes + head) * 1.4426950408889634
-            column_bias = slope * columns.to(gl.float32)
+            if HAS_ALIBI:
+                biases.index(half).store(slope * column_ids.load(column_layout))
             empty_scores = gl.zeros([64, BLOCK_N], gl.float32, score_layout)
             dq_acc = gl.zeros([64, WIDTH], gl.float32, out_layout)
             queries = q_tiles.index(half).reshape([64, WIDTH])
@@ -326,12 +340,13 @@ def consume_keys(
                 row_bias = log_sums
                 if HAS_ALIBI:
                     row_bias = log_sums + slope * (positions - block_begin).to(gl.float32)
-                    scores = scores * scale + column_bias[None, :]
+                    scores = scores * scale + biases.index(half).load(column_layout)[None, :]
                     scores = scores - row_bias[:, None]
                 else:
                     scores = scores * scale - row_bias[:, None]
                 if block_begin + BLOCK_N - 1 > first_row:
-                    scores = gl.where(block_begin + columns[None, :] <= positions[:, None], scores, float("-inf"))
+                    limits = (positions - block_begin).to(gl.float32)
+                    scores = gl.where(column_ids.load(column_layout)[None, :] <= limits[:, None], scores, float("-inf"))
                 weights = gl.exp2(scores)
                 dweights = warpgroup_mma_wait(0, deps=[dweights_token])
                 mbarrier.arrive(v_empty.index(stage), count=1)
@@ -352,7 +367,7 @@ def hopper_query_gradient_kernel(
     q_desc, dout_desc, k_desc, v_desc, dq, lse, delta, starts, slopes, dq_stride, dq_head, stat_head,
     scale, softmax_scale, num_slots, num_tiles, num_heads, num_sequences, group_heads,
     GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HAS_ALIBI: gl.constexpr,
-    CONSUMER_REGISTERS: gl.constexpr, num_warps: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """dQ of tiles of 128 queries."""
     WIDTH: gl.constexpr = q_desc.block_type.shape[2]  # the head dim padded to a power of two; the copies fill in zeros
@@ -360,6 +375,10 @@ def hopper_query_gradient_kernel(
     dout_tiles = gl.allocate_shared_memory(q_desc.dtype, [2, 64, 1, WIDTH], dout_desc.layout)
     k_tiles = gl.allocate_shared_memory(q_desc.dtype, [STAGES, BLOCK_N, 1, WIDTH], k_desc.layout)
     v_tiles = gl.allocate_shared_memory(q_desc.dtype, [STAGES, BLOCK_N, 1, WIDTH], v_desc.layout)
+    flat_layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    column_ids = gl.allocate_shared_memory(gl.float32, [BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    column_ids.store(gl.arange(0, BLOCK_N, flat_layout).to(gl.float32))
+    biases = gl.allocate_shared_memory(gl.float32, [2, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -378,13 +397,15 @@ def hopper_query_gradient_kernel(
     gl.warp_specialize(
         [
             (consume_keys, (
-                0, q_tiles, dout_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                0, q_tiles, dout_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, biases,
+                column_ids,
                 dq, lse, delta, starts, slopes, dq_stride, dq_head, stat_head, scale, softmax_scale,
                 num_slots, num_programs, num_tiles, num_heads, num_sequences, group_heads,
                 HEAD_DIM, WIDTH, BLOCK_N, STAGES, HAS_ALIBI,
             )),
             (consume_keys, (
-                1, q_tiles, dout_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                1, q_tiles, dout_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, biases,
+                column_ids,
                 dq, lse, delta, starts, slopes, dq_stride, dq_head, stat_head, scale, softmax_scale,
                 num_slots, num_programs, num_tiles, num_heads, num_sequences, group_heads,
                 HEAD_DIM, WIDTH, BLOCK_N, STAGES, HAS_ALIBI,
@@ -403,12 +424,14 @@ def hopper_query_gradient_kernel(
 
 def default_key_config(head_dim: int) -> dict[str, int]:
     """Tiles of the dK/dV kernel where tuned/ has nothing."""
-    return {"BLOCK_M": 64, "STAGES": 2, "CONSUMER_REGISTERS": 240}
+    return {"BLOCK_M": 64 if head_dim > 64 else 128, "STAGES": 2, "CONSUMER_REGISTERS": 240}
 
 
 def default_query_config(head_dim: int) -> dict[str, int]:
     """Tiles of the dQ kernel where tuned/ has nothing."""
-    return {"BLOCK_N": 64, "STAGES": 2, "CONSUMER_REGISTERS": 240}
+    if head_dim > 64:
+        return {"BLOCK_N": 64, "STAGES": 2, "CONSUMER_REGISTERS": 240}
+    return {"BLOCK_N": 128, "STAGES": 3, "CONSUMER_REGISTERS": 240}
 
 
 def launch_backward(
@@ -456,6 +479,7 @@ def launch_backward(
     hopper_query_gradient_kernel[(programs,)](
         make_descriptor(q, 64), make_descriptor(dout, 64), make_descriptor(k, rows), make_descriptor(v, rows),
         dq, lse, delta, query_starts, slopes_or_any, dq.stride(0), dq.stride(1), lse.stride(0), *scales,
-        -(-num_tiles * num_heads // programs), num_tiles, num_heads, num_sequences, shared, **constants, **query_config,
+        -(-num_tiles * num_heads // programs), num_tiles, num_heads, num_sequences, shared, **constants,
+        **query_config,
     )  # fmt: skip
     return dq, dk, dv

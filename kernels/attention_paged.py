@@ -1,10 +1,10 @@
 """Triton kernels of attention against the paged KV cache.
 
-Decodes: one program per (sequence, span of SPLIT keys, key/value head) takes the head's whole query group in one tile and
-leaves a normalised partial output with its log-sum-exp; a second kernel merges the spans. Spans are cut at fixed positions,
-so a row's arithmetic depends on its own context alone. A prefix common to all decodes is read once: there the rows of a tile
-are the queries of many sequences, and its spans are merged like any others.
-Chunks (more than one query): tiles of queries times group heads against all keys, no split.
+Decodes: one program per (sequence, span of SPLIT keys, key/value head) takes the head's whole query group in
+one tile and leaves a normalised partial output with its log-sum-exp; a second kernel merges the spans. Spans
+are cut at fixed positions, so a row's arithmetic depends on its own context alone. A prefix common to all
+decodes is read once: there the rows of a tile are the queries of many sequences, and its spans are merged like
+any others. Chunks (more than one query): tiles of queries times group heads against all keys, no split.
 """
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
 # pyright: reportAssignmentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_forward import schedule
+from .attention_forward import schedule, tiles
 from .attention_tiles import LOG2_E, attend, key_limits, load_rows, locate_tile, split_head_dim, store_rows
 
 
@@ -63,11 +63,14 @@ def decode_kernel(
     q, k, v, page_table, context_lens, slopes, k_scales, v_scales, out, partial, partial_lse,
     q_stride, q_head, k_page, k_stride, k_head, v_page, v_stride, v_head, out_stride, out_head, table_stride,
     num_kv_heads, num_slots, first_slot, prefix_len, window, scale,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    D2: tl.constexpr,
     BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, PAGE_SIZE: tl.constexpr,
     HAS_ALIBI: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SCALE: tl.constexpr, DIRECT: tl.constexpr,
 ):  # fmt: skip
-    """One span of one decode's context after the shared prefix. DIRECT: there is only one span, the output is final."""
+    """One span of one decode's context after the shared prefix. DIRECT: there is only one span, the output is
+    final.
+    """
     program = tl.program_id(0)
     kv_head = program % num_kv_heads
     span = (program // num_kv_heads) % (num_slots - first_slot)
@@ -107,12 +110,14 @@ def decode_kernel(
         )  # fmt: skip
     full_end = full_begin + (span_end - full_begin) // BLOCK_N * BLOCK_N
     acc0, acc1, acc2, row_sum, row_max = attend(
-        acc0, acc1, acc2, row_sum, row_max, q0, q1, q2, positions, context - 1, slope, k_base, v_base, k_stride, v_stride,
+        acc0, acc1, acc2, row_sum, row_max, q0, q1, q2, positions, context - 1, slope, k_base, v_base, k_stride,
+        v_stride,
         pages, k_page, v_page, full_begin, full_end, span_end, window, scale,
         HEAD_DIM, D0, D1, D2, BLOCK_N, PAGE_SIZE, True, HAS_ALIBI, HAS_WINDOW, False,
     )  # fmt: skip
     acc0, acc1, acc2, row_sum, row_max = attend(
-        acc0, acc1, acc2, row_sum, row_max, q0, q1, q2, positions, context - 1, slope, k_base, v_base, k_stride, v_stride,
+        acc0, acc1, acc2, row_sum, row_max, q0, q1, q2, positions, context - 1, slope, k_base, v_base, k_stride,
+        v_stride,
         pages, k_page, v_page, full_end, span_end, span_end, window, scale,
         HEAD_DIM, D0, D1, D2, BLOCK_N, PAGE_SIZE, True, HAS_ALIBI, HAS_WINDOW, True,
     )  # fmt: skip
@@ -128,6 +133,80 @@ def decode_kernel(
         tl.store(partial_lse + slots, row_max + tl.math.log2(row_sum), mask=rows_in)
 
 
+@triton.jit(do_not_specialize=["table_stride", "num_kv_heads", "num_slots", "first_slot", "prefix_len", "window"])
+def vector_decode_kernel(
+    q, k, v, page_table, context_lens, slopes, k_scales, v_scales, out, partial, partial_lse,
+    q_stride, q_head, k_page, k_stride, k_head, v_page, v_stride, v_head, out_stride, out_head, table_stride,
+    num_kv_heads, num_slots, first_slot, prefix_len, window, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    STAGES: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SCALE: tl.constexpr, DIRECT: tl.constexpr,
+):  # fmt: skip
+    """decode_kernel for one query head per key head and 8-bit pages: products on the vector units, straight from the
+    registers the pages are loaded into. A matrix tile would be fifteen sixteenths empty, and its operands,
+    widened to 16 bits, would go through shared memory."""
+    program = tl.program_id(0)
+    head = program % num_kv_heads
+    span = (program // num_kv_heads) % (num_slots - first_slot)
+    sequence = program // num_kv_heads // (num_slots - first_slot)
+    context = tl.load(context_lens + sequence)
+    span_begin = prefix_len + span * SPLIT
+    span_end = tl.minimum(span_begin + SPLIT, context)
+    if span_begin >= context:
+        return
+    sequence_id = sequence.to(tl.int64)
+    head_id = head.to(tl.int64)
+    dims = tl.arange(0, BLOCK_D)
+    dims_in = dims < HEAD_DIM
+    query = tl.load(q + sequence_id * q_stride + head_id * q_head + dims, mask=dims_in, other=0.0).to(tl.float32)
+    slope = 0.0
+    if HAS_ALIBI:
+        slope = tl.load(slopes + head) * 1.4426950408889634
+    value_scale = 1.0
+    if HAS_SCALE:
+        scale = scale * tl.load(k_scales + head)
+        value_scale = tl.load(v_scales + head)
+    query = query * scale
+    pages = page_table + sequence_id * table_stride
+    k_base = k + head_id * k_head + dims[None, :]
+    v_base = v + head_id * v_head + dims[None, :]
+    begin = span_begin
+    if HAS_WINDOW:
+        begin = tl.maximum(begin, begin + (context - window - begin) // BLOCK_N * BLOCK_N)
+    acc = tl.zeros([BLOCK_D], dtype=tl.float32)
+    row_max = float("-inf")
+    row_sum = 0.0
+    for start in tl.range(begin, span_end, BLOCK_N, num_stages=STAGES):
+        keys = start + tl.arange(0, BLOCK_N)
+        keys_in = keys < span_end
+        page = tl.load(pages + keys // PAGE_SIZE, mask=keys_in, other=0).to(tl.int64)
+        in_page = keys % PAGE_SIZE
+        tile_in = keys_in[:, None] & dims_in[None, :]
+        k_tile = tl.load(k_base + (page * k_page + in_page * k_stride)[:, None], mask=tile_in, other=0.0)
+        v_tile = tl.load(v_base + (page * v_page + in_page * v_stride)[:, None], mask=tile_in, other=0.0)
+        scores = tl.sum(k_tile.to(tl.float32) * query[None, :], 1)
+        if HAS_ALIBI:
+            scores += slope * (keys - (context - 1)).to(tl.float32)
+        if HAS_WINDOW:
+            keys_in = keys_in & (keys > context - 1 - window)
+        scores = tl.where(keys_in, scores, -1.0e30)
+        new_max = tl.maximum(row_max, tl.max(scores, 0))
+        weights = tl.where(keys_in, tl.math.exp2(scores - new_max), 0.0)
+        rescale = tl.math.exp2(row_max - new_max)
+        row_sum = row_sum * rescale + tl.sum(weights, 0)
+        acc = acc * rescale + tl.sum(weights[:, None] * v_tile.to(tl.float32), 0)
+        row_max = new_max
+    factor = tl.where(row_sum > 0.0, value_scale / row_sum, 0.0)
+    if DIRECT:
+        out_row = out + sequence_id * out_stride + head_id * out_head
+        tl.store(out_row + dims, (acc * factor).to(out.dtype.element_ty), mask=dims_in)
+    else:
+        slot = (sequence_id * num_kv_heads + head) * num_slots + first_slot + span
+        tl.store(partial + slot * HEAD_DIM + dims, acc * factor, mask=dims_in)
+        tl.store(partial_lse + slot, row_max + tl.math.log2(row_sum))
+
+
 @triton.jit(do_not_specialize=["num_kv_heads", "num_slots", "num_decodes", "prefix_len", "window"])
 def prefix_kernel(
     q, k, v, page_table, context_lens, slopes, k_scales, v_scales, partial, partial_lse,
@@ -138,7 +217,9 @@ def prefix_kernel(
     BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, PAGE_SIZE: tl.constexpr,
     HAS_ALIBI: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """One span of the shared prefix for a tile of (sequence, group head) rows; the first decode's page-table row serves all."""
+    """One span of the shared prefix for a tile of (sequence, group head) rows; the first decode's page-table
+    row serves all.
+    """
     program = tl.program_id(0)
     kv_head = program % num_kv_heads
     span = (program // num_kv_heads) % num_spans
@@ -167,12 +248,14 @@ def prefix_kernel(
     k_base = k + kv_head.to(tl.int64) * k_head
     v_base = v + kv_head.to(tl.int64) * v_head
     acc0, acc1, acc2, row_sum, row_max = attend(
-        acc0, acc1, acc2, row_sum, row_max, q0, q1, q2, positions, prefix_len, slope, k_base, v_base, k_stride, v_stride,
+        acc0, acc1, acc2, row_sum, row_max, q0, q1, q2, positions, prefix_len, slope, k_base, v_base, k_stride,
+        v_stride,
         page_table, k_page, v_page, span_begin, full_end, span_end, window, scale,
         HEAD_DIM, D0, D1, D2, BLOCK_N, PAGE_SIZE, True, HAS_ALIBI, HAS_WINDOW, False,
     )  # fmt: skip
     acc0, acc1, acc2, row_sum, row_max = attend(
-        acc0, acc1, acc2, row_sum, row_max, q0, q1, q2, positions, prefix_len, slope, k_base, v_base, k_stride, v_stride,
+        acc0, acc1, acc2, row_sum, row_max, q0, q1, q2, positions, prefix_len, slope, k_base, v_base, k_stride,
+        v_stride,
         page_table, k_page, v_page, full_end, span_end, span_end, window, scale,
         HEAD_DIM, D0, D1, D2, BLOCK_N, PAGE_SIZE, True, HAS_ALIBI, HAS_WINDOW, True,
     )  # fmt: skip
@@ -263,12 +346,14 @@ def chunk_kernel(
             HEAD_DIM, D0, D1, D2, BLOCK_N, PAGE_SIZE, True, HAS_ALIBI, HAS_WINDOW, True,
         )  # fmt: skip
     acc0, acc1, acc2, row_sum, row_max = attend(
-        acc0, acc1, acc2, row_sum, row_max, q0, q1, q2, positions, last_position, slope, k_base, v_base, k_stride, v_stride,
+        acc0, acc1, acc2, row_sum, row_max, q0, q1, q2, positions, last_position, slope, k_base, v_base, k_stride,
+        v_stride,
         pages, k_page, v_page, full_begin, full_end, context, window, scale,
         HEAD_DIM, D0, D1, D2, BLOCK_N, PAGE_SIZE, True, HAS_ALIBI, HAS_WINDOW, False,
     )  # fmt: skip
     acc0, acc1, acc2, row_sum, row_max = attend(
-        acc0, acc1, acc2, row_sum, row_max, q0, q1, q2, positions, last_position, slope, k_base, v_base, k_stride, v_stride,
+        acc0, acc1, acc2, row_sum, row_max, q0, q1, q2, positions, last_position, slope, k_base, v_base, k_stride,
+        v_stride,
         pages, k_page, v_page, edge, end, context, window, scale,
         HEAD_DIM, D0, D1, D2, BLOCK_N, PAGE_SIZE, True, HAS_ALIBI, HAS_WINDOW, True,
     )  # fmt: skip
@@ -288,13 +373,38 @@ def default_decode_config(head_dim: int, element_bytes: int, target: int = 80) -
 SPLIT_KEYS = 512
 
 
-def default_chunk_config(head_dim: int, element_bytes: int, target: int = 80) -> dict[str, int]:
-    """Tiles for sequences with more than one query, and for a shared prefix."""
+def use_vector_kernel(group: int, cache_dtype: torch.dtype) -> bool:
+    """Whether decodes run on the vector units."""
+    return group == 1 and cache_dtype.itemsize == 1
+
+
+def default_vector_config() -> dict[str, int]:
+    """Decode tiles of vector_decode_kernel."""
+    return {"BLOCK_N": 16, "STAGES": 3, "num_warps": 1}
+
+
+def padded_head_dim(head_dim: int) -> dict[str, int]:
+    """One chunk for the whole head: a decode waits for memory, not for products, and masked columns are not
+    fetched.
+    """
+    return {"D0": max(16, triton.next_power_of_2(head_dim)), "D1": 0, "D2": 0}
+
+
+def default_chunk_config(head_dim: int, element_bytes: int, target: int = 80, cache_bytes: int = 2) -> dict[str, int]:
+    """Tiles for sequences with more than one query, and for a shared prefix.
+
+    One stage, so no software pipelining, for 8-bit pages and for heads that 16 bytes do not divide: there the
+    pipelined loop of Triton 3.6 read outside the pages on an H100.
+    """
     if element_bytes == 4:
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+        return tiles(32, 32, 4, 1)
+    if cache_bytes == 1 or head_dim % 16:
+        return tiles(64, 32, 4, 1)
     if head_dim > 128:
-        return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
+        return tiles(64, 32, 8, 2)
+    if target < 90 and head_dim > 64:
+        return tiles(64, 32, 4, 2)
+    return tiles(64, 64, 4, 3)
 
 
 def launch_paged(
@@ -315,6 +425,7 @@ def launch_paged(
     shared_prefix_len: int,
     decode_config: Mapping[str, int],
     chunk_config: Mapping[str, int],
+    vector_config: Mapping[str, int],
     split: int = SPLIT_KEYS,
 ) -> torch.Tensor:
     """Runs the decode kernels on the first ``num_decodes`` sequences and the chunk kernel on the rest."""
@@ -354,12 +465,22 @@ def launch_paged(
                 q.stride(0), q.stride(1), *cache_strides, num_kv_heads, num_slots, prefix_spans, num_decodes,
                 shared_prefix_len, window_, scale, SPLIT=split, **constants, **chunk_config,
             )  # fmt: skip
-        decode_kernel[(num_decodes * spans * num_kv_heads,)](
+        arguments = (
             q, k_cache, v_cache, page_table, context_lens, slopes_, k_scale_, v_scale_, out, partial, partial_lse,
             q.stride(0), q.stride(1), *cache_strides, out.stride(0), out.stride(1), page_table.stride(0),
             num_kv_heads, num_slots, prefix_spans, shared_prefix_len, window_, scale,
-            ROWS=max(16, triton.next_power_of_2(group)), SPLIT=split, DIRECT=direct, **constants, **decode_config,
         )  # fmt: skip
+        grid = (num_decodes * spans * num_kv_heads,)
+        if use_vector_kernel(group, k_cache.dtype):
+            config = {
+                name: constants[name] for name in ("HEAD_DIM", "PAGE_SIZE", "HAS_ALIBI", "HAS_WINDOW", "HAS_SCALE")
+            }
+            config |= {"BLOCK_D": triton.next_power_of_2(head_dim), "SPLIT": split, "DIRECT": direct}
+            vector_decode_kernel[grid](*arguments, **config, **vector_config)
+        else:
+            rows = max(16, triton.next_power_of_2(group))
+            config = constants | padded_head_dim(head_dim) | {"ROWS": rows, "SPLIT": split, "DIRECT": direct}
+            decode_kernel[grid](*arguments, **config, **decode_config)
         if not direct:
             merge_kernel[(num_decodes, num_heads)](
                 partial, partial_lse, context_lens, out, out.stride(0), out.stride(1), num_heads, num_slots,

@@ -2,11 +2,13 @@
 
 For every sequence of the packed batch, head h and query i, over the keys j of the same sequence:
 
-    s_ij = softmax_scale · q_i·k_j − slope_h · |i − j|      out_i = Σ_j softmax_j(s_ij) v_j      lse_i = log Σ_j exp(s_ij)
+    s_ij = softmax_scale · q_i·k_j − slope_h · |i − j|
+    out_i = Σ_j softmax_j(s_ij) v_j        lse_i = log Σ_j exp(s_ij)
 
 Causal attention sees j ≤ i; a sliding window sees |i − j| < window. Query heads share key/value heads in consecutive
-groups of H/K. Sequences are packed along T with starts ``query_starts`` [B+1]; nothing is padded. ALiBi: Press et al.,
-"Train Short, Test Long", 2022. Online softmax and the recomputing backward: Dao, "FlashAttention-2", 2023.
+groups of H/K. Sequences are packed along T with starts ``query_starts`` [B+1]; nothing is padded. ALiBi: Press
+et al., "Train Short, Test Long", 2022. Online softmax and the recomputing backward: Dao, "FlashAttention-2",
+2023.
 
 The Triton kernels are in attention_forward.py and attention_backward.py, Hopper's forward in attention_hopper.py.
 """
@@ -36,8 +38,8 @@ QUERY_BLOCK = 256  # rows of a bias tile in the torch backend: bounds its memory
 def alibi_slopes(num_heads: int, bias_max: float = 8, device: torch.device | str | None = None) -> torch.Tensor:
     """Slopes f32[H], in MPT's order.
 
-    For a power of two n the slopes are 2^(−bias_max·i/n), i = 1…n. Otherwise those of the next power of two are taken,
-    first i = 2, 4, …, then i = 1, 3, …, and cut to ``num_heads``.
+    For a power of two n the slopes are 2^(−bias_max·i/n), i = 1…n. Otherwise those of the next power of two are
+    taken, first i = 2, 4, …, then i = 1, 3, …, and cut to ``num_heads``.
     """
     if num_heads < 1:
         raise ValueError(f"alibi_slopes: num_heads is {num_heads}; allowed: 1 or more")
@@ -73,7 +75,9 @@ def bias_tile(
 def _sequences(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, query_starts: torch.Tensor
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Each sequence's rows and its q, k, v as [H,L,D] in fp32 (fp64 stays fp64), key heads repeated for their group."""
+    """Each sequence's rows and its q, k, v as [H,L,D] in fp32 (fp64 stays fp64), key heads repeated for their
+    group.
+    """
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
     group = q.shape[1] // k.shape[1]
     for start, stop in pairwise(query_starts.tolist()):
@@ -84,8 +88,9 @@ def _sequences(
 
 
 class _Reference(torch.autograd.Function):
-    """What a backward pass may know of the forward is q, k, v, lse and ``out`` as returned, in q's type: δ carries out's
-    rounding. Everything else is fp32 or better, sequence by sequence, with the whole score matrix."""
+    """Sequence by sequence with the whole score matrix, in fp32 or better, but for what q's type must carry on any
+    matrix unit: the weights that meet v, and ``out``, from which the backward takes δ.
+    """
 
     @staticmethod
     def forward(ctx: Any, q, k, v, query_starts, softmax_scale, slopes, window, causal):
@@ -96,7 +101,8 @@ class _Reference(torch.autograd.Function):
             positions = torch.arange(qs.shape[1], device=q.device)
             scores = qs @ ks.mT * softmax_scale + bias_tile(positions, positions, slopes, window, causal, accumulate)
             lse[rows] = torch.logsumexp(scores, dim=-1).T
-            out[rows] = (torch.softmax(scores, dim=-1) @ vs).transpose(0, 1).to(q.dtype)
+            weights = torch.softmax(scores, dim=-1).to(q.dtype).to(accumulate)
+            out[rows] = (weights @ vs).transpose(0, 1).to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse, query_starts, slopes)
         ctx.settings = (softmax_scale, window, causal)
         ctx.mark_non_differentiable(lse)
@@ -222,7 +228,9 @@ def check_attention(
     slopes: torch.Tensor | None,
     window: int | None,
 ) -> None:
-    """What prefill and paged attention ask alike of their arguments; ``keys`` are the tensors whose last two dims are [K,D]."""
+    """What prefill and paged attention ask alike of their arguments; ``keys`` are the tensors whose last two
+    dims are [K,D].
+    """
     if q.dim() != 3:
         raise bad_argument(op, "q", f"of shape {tuple(q.shape)}", "[T,H,D]")
     num_heads, head_dim = q.shape[1:]
@@ -384,7 +392,8 @@ def attention_prefill(
         return _flash_prefill(q, k, v, query_starts, max_query_len, softmax_scale, alibi_slopes, window, causal)
     if return_lse:
         return attention_prefill_reference(
-            q, k, v, query_starts, max_query_len=max_query_len, softmax_scale=softmax_scale, alibi_slopes=alibi_slopes,
+            q, k, v, query_starts, max_query_len=max_query_len, softmax_scale=softmax_scale,
+            alibi_slopes=alibi_slopes,
             window=window, causal=causal, return_lse=True,
         )  # fmt: skip
     return _torch_prefill(q, k, v, query_starts, softmax_scale, alibi_slopes, window, causal)

@@ -1,8 +1,10 @@
-"""Triton building blocks shared by the attention kernels: which tile is mine, which keys it sees, and the online softmax.
+"""Triton building blocks shared by the attention kernels: which tile is mine, which keys it sees, and the
+online softmax.
 
-A head dim that is no power of two is cut into up to three chunks (112 = 64 + 32 + 16), so that at most 15 columns are padding.
-Scores live in the exp2 domain: the softmax scale carries log2(e). For causal ALiBi the row part slope·i cancels in the softmax, so only
-slope·(j − reference) is added, one value per key column, and the row part enters the log-sum-exp alone.
+A head dim that is no power of two is cut into up to three chunks (112 = 64 + 32 + 16), so that at most 15
+columns are padding. Scores live in the exp2 domain: the softmax scale carries log2(e). For causal ALiBi the row
+part slope·i cancels in the softmax, so only slope·(j − reference) is added, one value per key column, and the
+row part enters the log-sum-exp alone.
 """
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
@@ -30,7 +32,9 @@ def split_head_dim(head_dim: int) -> tuple[int, int, int]:
 
 @triton.jit
 def locate_tile(starts, tile, num_sequences, ROWS: tl.constexpr):
-    """Sequence and first row of a tile. Sequence b owns the tile numbers from starts[b] // ROWS + b on: no table, no host sync."""
+    """Sequence and first row of a tile. Sequence b owns the tile numbers from starts[b] // ROWS + b on: no
+    table, no host sync.
+    """
     low = 0
     high = num_sequences - 1
     while low < high:
@@ -87,7 +91,9 @@ def allowed_pairs(positions, keys, num_keys, window, CAUSAL: tl.constexpr, HAS_W
 
 @triton.jit
 def load_rows(base, rows_in, dims, offset: tl.constexpr, HEAD_DIM: tl.constexpr, ALL_ROWS: tl.constexpr):
-    """A tile of pointers ``base`` [rows, width] whose columns are head dims offset + dims; absent rows and dims read as zero."""
+    """A tile of pointers ``base`` [rows, width] whose columns are head dims offset + dims; absent rows and dims
+    read as zero.
+    """
     width: tl.constexpr = dims.shape[0]
     if offset + width <= HEAD_DIM:
         if ALL_ROWS:
@@ -118,9 +124,11 @@ def attend(
     BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_WINDOW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the keys of [begin, end), in blocks. ``slope`` is a scalar, or [rows, 1] where rows are several heads.
+    """Online softmax over the keys of [begin, end), in blocks. ``slope`` is a scalar, or [rows, 1] where rows
+    are several heads.
 
-    k and v point at the head's first key (PAGE_SIZE 0) or at the head in page 0 (then ``pages`` is the page-table row).
+    k and v point at the head's first key (PAGE_SIZE 0) or at the head in page 0 (then ``pages`` is the
+    page-table row).
     """
     dims0 = tl.arange(0, D0)
     for start in tl.range(begin, end, BLOCK_N):
@@ -148,15 +156,19 @@ def attend(
             tile = load_rows(k_rows + (D0 + D1 + dims2)[None, :], keys_in, dims2, D0 + D1, HEAD_DIM, not MASKED)
             scores = tl.dot(q2, tl.trans(tile.to(q0.dtype)), scores, input_precision="ieee")
 
+        # Masked scores must be scaled before they are masked: fused into the subtraction of their own maximum, the
+        # scale's rounding would leave a huge remainder.
         if HAS_ALIBI:
             if CAUSAL:
                 scores = scores * scale + slope * (keys - reference).to(tl.float32)[None, :]
             else:
                 scores = scores * scale - slope * tl.abs(positions[:, None] - keys[None, :]).to(tl.float32)
+        elif MASKED:
+            scores = scores * scale
         if MASKED:
             allowed = allowed_pairs(positions[:, None], keys[None, :], num_keys, window, CAUSAL, HAS_WINDOW)
             scores = tl.where(allowed, scores, MASKED_SCORE)
-        if HAS_ALIBI:
+        if HAS_ALIBI or MASKED:
             new_max = tl.maximum(row_max, tl.max(scores, 1))
             weights = tl.math.exp2(scores - new_max[:, None])
         else:

@@ -2,10 +2,10 @@
 
     cache[slot // S, slot % S] = quantise(rope(clip(k)))        (values: quantise(clip(v)))
 
-clip limits to [−clip, clip] (MPT's clip_qkv); rope is the half rotation of rope.py at ``positions``; quantise divides by
-the head's scale and rounds to the page's type (fp8-e4m3, or int8 to nearest even), saturating. Slot −1 writes nothing.
-Without scales the values are cast. The rotated key is rounded to k's own type first, so the fused form gives the same bits as
-rope followed by a plain write.
+clip limits to [−clip, clip] (MPT's clip_qkv); rope is the half rotation of rope.py at ``positions``; quantise
+divides by the head's scale and rounds to the page's type (fp8-e4m3, or int8 to nearest even), saturating. Slot
+−1 writes nothing. Without scales the values are cast. The rotated key is rounded to k's own type first, so the
+fused form gives the same bits as rope followed by a plain write.
 """
 # pyright: reportArgumentType=false, reportCallIssue=false
 
@@ -157,7 +157,8 @@ def _launch(k, v, k_cache, v_cache, slots, cos, sin, positions, clip, k_scale, v
         k_scale if k_scale is not None else k, v_scale if v_scale is not None else k,
         k.stride(0), k.stride(1), v.stride(0), v.stride(1), *k_cache.stride()[:3], *v_cache.stride()[:3],
         cos.stride(0) if cos is not None else 0, float(clip) if clip is not None else 0.0,
-        NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, PAGE_SIZE=k_cache.shape[1], BLOCK_K=block_k, HALF=half, KIND=kind,
+        NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, PAGE_SIZE=k_cache.shape[1], BLOCK_K=block_k, HALF=half,
+        KIND=kind,
         HAS_ROPE=cos is not None, HAS_CLIP=clip is not None,
         HAS_K_SCALE=k_scale is not None, HAS_V_SCALE=v_scale is not None, num_warps=4,
         enable_fp_fusion=False,  # the same bits as rope, then a plain write
@@ -221,8 +222,8 @@ def kv_write(
 ) -> None:
     """Writes k and v [T,K,D] into k_cache and v_cache [P,S,K,D] at slots i64 [T] (slot = page·S + offset; −1 skips).
 
-    With cos and sin f32 [M,D/2] and positions i64 [T], k is rotated first. Slots must differ from each other. No gradient.
-    Raises ValueError for arguments that do not fit, before anything is written.
+    With cos and sin f32 [M,D/2] and positions i64 [T], k is rotated first. Slots must differ from each other.
+    No gradient. Raises ValueError for arguments that do not fit, before anything is written.
     """
     _check(k, v, k_cache, v_cache, slots, cos, sin, positions, clip, k_scale, v_scale)
     cpu_default = cpu_attention.default_backend(k, k_cache, k_scale, v_scale)
