@@ -19,7 +19,8 @@ import torch
 
 from specialize.errors import InputError
 
-from .config import ModelConfig, RopeScaling, yarn_attention_factor
+from .config import ModelConfig, RopeScaling
+from .hf_config import yarn_attention_factor
 from .layout import EMBEDDING, FINAL_NORM, HEAD, POSITIONS, layer_linears, layer_norms, top_path
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
