@@ -283,12 +283,10 @@ def attention_paged(
         if q.dtype == torch.float64:
             raise bad_argument(OP, "q", q.dtype, "float32, float16 or bfloat16 with backend 'triton'")
         q = q if q.stride(-1) == 1 else q.contiguous()
-        sizes = (q.shape[-1], q.dtype.itemsize)
+        sizes = (q.shape[-1], q.dtype.itemsize, capability(q), k_cache.dtype.itemsize)
         bucket = f"{shape_bucket(q)}-{k_cache.dtype.itemsize * 8}bit"
         decode_config = tuned_config("attention_decode", bucket, kernels.default_decode_config(*sizes))
-        chunk_config = tuned_config(
-            "attention_chunk", bucket, kernels.default_chunk_config(*sizes, capability(q), k_cache.dtype.itemsize)
-        )
+        chunk_config = tuned_config("attention_chunk", bucket, kernels.default_chunk_config(*sizes))
         vector_config = tuned_config("attention_decode_vector", bucket, kernels.default_vector_config())
         return kernels.launch_paged(
             q, k_cache, v_cache, page_table, context_lens, query_starts, max_query_len, max_context_len, num_decodes,

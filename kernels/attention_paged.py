@@ -361,10 +361,12 @@ def chunk_kernel(
     finish_rows(out_rows, acc0, acc1, acc2, value_scale / row_sum, rows_in, HEAD_DIM, D0, D1, D2)
 
 
-def default_decode_config(head_dim: int, element_bytes: int, target: int = 80) -> dict[str, int]:
-    """Decode tiles; SPLIT, the keys of one span, is part of the result's rounding and is the same on every device."""
+def default_decode_config(head_dim: int, element_bytes: int, target: int = 80, cache_bytes: int = 2) -> dict[str, int]:
+    """Decode tiles; SPLIT_KEYS, the keys of one span, is part of the result's rounding and the same on every device."""
     if element_bytes == 4:
         return {"BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+    if head_dim % 16 or (cache_bytes == 1 and head_dim & (head_dim - 1)):
+        return {"BLOCK_N": 64, "num_warps": 4, "num_stages": 1}  # as in default_chunk_config
     if head_dim > 128:
         return {"BLOCK_N": 32, "num_warps": 4, "num_stages": 3}
     return {"BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
