@@ -35,8 +35,9 @@ _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_2 = 0x94D049BB133111EB - (1 << 64)
 
-# The Triton kernel's candidates: at least this times as probable as the most probable token.
-_FLOOR = 2.0**-12
+# The Triton kernel's candidates: at least this times as probable as the most probable token; at most so many blocks.
+_FLOOR = 2.0**-16
+_CAPACITY = 4
 # Candidates are sorted, not the vocabulary: those above the first floor, or where they do not suffice the next.
 _CANDIDATE_FLOORS = (1e-4, 1e-6, 0.0)
 
@@ -232,11 +233,11 @@ def _load_exps(
 @triton.jit
 def _store_candidates(
     logits, seen, penalty, peak, inverse_t, vocab_size, few_exps, few_ids,
-    HAS_PENALTY: tl.constexpr, BLOCK: tl.constexpr, FLOOR: tl.constexpr,
+    HAS_PENALTY: tl.constexpr, BLOCK: tl.constexpr, FLOOR: tl.constexpr, CAPACITY: tl.constexpr,
 ):  # fmt: skip
     """Stores the tokens with e ≥ FLOOR, in order of id; returns their number and mass and the mass of the row.
 
-    Past BLOCK of them the rest is left out, which the number tells.
+    Past CAPACITY of them the rest is left out, which the number tells.
     """
     found = tl.full([], 0, tl.int32)
     lane_total = tl.zeros([1, BLOCK], tl.float32)
@@ -248,8 +249,8 @@ def _store_candidates(
         hit = (exps >= FLOOR) & (ids < vocab_size)
         count = hit.to(tl.int32)
         place = found + tl.cumsum(count, axis=1) - count
-        tl.store(few_exps + place, exps, mask=hit & (place < BLOCK))
-        tl.store(few_ids + place, ids, mask=hit & (place < BLOCK))
+        tl.store(few_exps + place, exps, mask=hit & (place < CAPACITY))
+        tl.store(few_ids + place, ids, mask=hit & (place < CAPACITY))
         found += tl.sum(count)
         lane_total += exps
         lane_few += tl.where(hit, exps, 0.0)
@@ -339,6 +340,7 @@ def sampling_kernel(
     BLOCK: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     FLOOR: tl.constexpr,
+    CAPACITY: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     logits += row * logits_stride
@@ -377,13 +379,24 @@ def sampling_kernel(
         size = tl.full([], 0, tl.int32) + vocab_size
         by_count = (top_k > 0) & (top_k < vocab_size)
         if by_count | (top_p < 1):
-            few_exps += row * BLOCK
-            few_ids += row * BLOCK
+            few_exps += row * CAPACITY
+            few_ids += row * CAPACITY
             found, mass, total = _store_candidates(
-                logits, seen, penalty, peak, inverse_t, vocab_size, few_exps, few_ids, HAS_PENALTY, BLOCK, FLOOR
+                logits,
+                seen,
+                penalty,
+                peak,
+                inverse_t,
+                vocab_size,
+                few_exps,
+                few_ids,
+                HAS_PENALTY,
+                BLOCK,
+                FLOOR,
+                CAPACITY,
             )
             # Where the candidates hold all that is kept, nothing below looks at the row again.
-            few = (found <= BLOCK) & tl.where(by_count, found >= top_k, mass >= top_p * total)
+            few = (found <= CAPACITY) & tl.where(by_count, found >= top_k, mass >= top_p * total)
             size = tl.where(few, found, vocab_size)
             if by_count:
                 cut, num_equals, equals, total = _search(
@@ -460,13 +473,14 @@ def _sample_triton(logits, keys, steps, temperature, top_k, top_p, min_p, repeti
     token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     logprobs = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
     config = tuned_config("sample", _bucket(vocab_size), _config(vocab_size))
-    few_exps = torch.empty((num_rows, config["block"]), dtype=torch.float32, device=logits.device)
-    few_ids = torch.empty((num_rows, config["block"]), dtype=torch.int32, device=logits.device)
+    capacity = _CAPACITY * config["block"]
+    few_exps = torch.empty((num_rows, capacity), dtype=torch.float32, device=logits.device)
+    few_ids = torch.empty((num_rows, capacity), dtype=torch.int32, device=logits.device)
     sampling_kernel[(num_rows,)](
         logits, marks, keys.to(torch.int64), steps.to(torch.int64), temperature.float(),
         top_k.to(torch.int32), top_p.float(), min_p.float(), repetition_penalty.float() if has_penalty else temperature,
         token_ids, logprobs, few_exps, few_ids, vocab_size, logits.stride(0), marks.stride(0),
-        HAS_PENALTY=has_penalty, BLOCK=config["block"], FLOOR=_FLOOR,
+        HAS_PENALTY=has_penalty, BLOCK=config["block"], FLOOR=_FLOOR, CAPACITY=capacity,
         NUM_BLOCKS=triton.next_power_of_2(triton.cdiv(vocab_size, config["block"])), num_warps=config["num_warps"],
     )  # fmt: skip
     return token_ids, logprobs
@@ -601,6 +615,7 @@ def _compile_cases(target: int) -> list[CompileCase]:
                     "BLOCK": config["block"],
                     "NUM_BLOCKS": triton.next_power_of_2(triton.cdiv(vocab_size, config["block"])),
                     "FLOOR": _FLOOR,
+                    "CAPACITY": _CAPACITY * config["block"],
                 },
                 num_warps=config["num_warps"],
                 attrs=dict.fromkeys(("vocab_size", "logits_stride", "seen_stride"), 16),
