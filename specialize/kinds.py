@@ -144,6 +144,9 @@ def form_fault(kind: Kind | None, text: str, input: str) -> str:
         return "" if normalise(text) in kind.labels else "label not among those of the seeds"
     if kind.form == "entities" and not _TYPED_LIST.match(text):
         return "not in the form of the seeds' answers"
+    parts = kind.answer_parts(text)
+    if len(entity_set(text)) < len(parts):
+        return "names something twice"
     for name, type_ in kind.answer_parts(text):
         if (
             kind.form == "entities"
