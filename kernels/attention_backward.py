@@ -346,8 +346,6 @@ def default_key_config(head_dim: int, element_bytes: int, target: int = 80) -> d
     """Tiles of the dK/dV kernel where tuned/ has nothing: the largest that do not spill."""
     if element_bytes == 4:
         return tiles(16, 32, 4, 1)
-    if head_dim % 16:  # as in the forward: no software pipelining of unaligned loads
-        return tiles(32, 64, 8, 1)
     if head_dim > 128:
         return tiles(16, 32, 8, 1)
     if head_dim <= 64:
@@ -363,8 +361,6 @@ def default_query_config(head_dim: int, element_bytes: int, target: int = 80) ->
     """Tiles of the dQ kernel where tuned/ has nothing: the largest that do not spill."""
     if element_bytes == 4:
         return tiles(32, 16, 4, 1)
-    if head_dim % 16:
-        return tiles(64, 32, 8, 1)
     if head_dim > 128:
         return tiles(32, 32, 8, 1)
     if target >= 100:

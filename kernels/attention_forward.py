@@ -127,8 +127,6 @@ def default_config(head_dim: int, element_bytes: int, target: int = 80) -> dict[
     """Tiles where tuned/ has nothing: the largest that do not spill on compute capability ``target``."""
     if element_bytes == 4:
         return tiles(32, 32, 4, 1)
-    if head_dim % 16:  # unaligned loads: software pipelining gave wrong values on an H100 with Triton 3.6
-        return tiles(64, 32, 4, 1)
     if head_dim > 128:
         return tiles(64, 32, 8, 2)
     if target < 90 and head_dim > 64:

@@ -395,8 +395,8 @@ def padded_head_dim(head_dim: int) -> dict[str, int]:
 def default_chunk_config(head_dim: int, element_bytes: int, target: int = 80, cache_bytes: int = 2) -> dict[str, int]:
     """Tiles for sequences with more than one query, and for a shared prefix.
 
-    One stage, so no software pipelining, for 8-bit pages and for heads that 16 bytes do not divide: there the
-    pipelined loop of Triton 3.6 read outside the pages on an H100.
+    One stage for 8-bit pages and for head dims that 16 does not divide: there chunks of a head dim, in a pipelined
+    loop, read outside the pages on an H100 with Triton 3.6.
     """
     if element_bytes == 4:
         return tiles(32, 32, 4, 1)
@@ -450,6 +450,8 @@ def launch_paged(
         "GROUP": group, "HEAD_DIM": head_dim, "D0": d0, "D1": d1, "D2": d2, "PAGE_SIZE": k_cache.shape[1],
         "HAS_ALIBI": slopes is not None, "HAS_WINDOW": window is not None, "HAS_SCALE": has_scale,
     }  # fmt: skip
+    if k_cache.dtype.itemsize == 1:
+        constants |= padded_head_dim(head_dim)
     if num_decodes:
         prefix_spans = triton.cdiv(shared_prefix_len, split)
         spans = max(1, triton.cdiv(max_context_len - shared_prefix_len, split))

@@ -375,10 +375,14 @@ def attention_prefill(
     if chosen == "triton":
         if q.dtype == torch.float64:
             raise bad_argument(OP, "q", q.dtype, "float32, float16 or bfloat16 with backend 'triton'")
+        head_dim = q.shape[-1]
+        if head_dim % 16:  # zeros change no score, and every row then starts where a wide load may
+            q, k, v = (F.pad(x, (0, -head_dim % 16)) for x in (q, k, v))
         q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
         out, lse = _TritonAttention.apply(
             q, k, v, query_starts, max_query_len, softmax_scale, alibi_slopes, window, causal
         )  # type: ignore[misc]
+        out = out[..., :head_dim]
         return (out, lse.transpose(0, 1)) if return_lse else out
     if chosen == "cpp":
         if q.dtype != torch.bfloat16:

@@ -1,7 +1,7 @@
 """Triton building blocks shared by the attention kernels: which tile is mine, which keys it sees, and the
 online softmax.
 
-A head dim that is no power of two is cut into up to three chunks (112 = 64 + 32 + 16), so that at most 15
+A head dim over 64 that is no power of two is cut into up to three chunks (112 = 64 + 32 + 16), so that at most 15
 columns are padding. Scores live in the exp2 domain: the softmax scale carries log2(e). For causal ALiBi the row
 part slope·i cancels in the softmax, so only slope·(j − reference) is added, one value per key column, and the
 row part enters the log-sum-exp alone.
@@ -18,8 +18,10 @@ MASKED_SCORE = tl.constexpr(-1.0e30)  # finite, so that a row whose first block 
 
 
 def split_head_dim(head_dim: int) -> tuple[int, int, int]:
-    """Chunk widths (powers of two ≥ 16, or 0) that cover ``head_dim`` with at most three matrix products."""
-    left = max(16, -(-head_dim // 16) * 16)
+    """Chunk widths (powers of two ≥ 16, or 0) that cover ``head_dim`` with at most three products; up to 64 one."""
+    if head_dim <= 64:
+        return max(16, 1 << (head_dim - 1).bit_length()), 0, 0
+    left = -(-head_dim // 16) * 16
     chunks: list[int] = []
     while left:
         width = 1 << (left.bit_length() - 1)
