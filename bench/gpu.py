@@ -45,7 +45,8 @@ def _parts(out: Path, tests: Path) -> list[Part]:
     bench = f"{__package__}."
     results = ("--out", str(out))
     return [
-        Part("kernels", 0.45, (python, "-m", bench + "kernels", "--seconds", "{seconds}", *results), None),
+        Part("kernels", 0.45, (python, "-m", bench + "kernels", "--seconds", "{seconds}", "--rep-ms", "40",
+                              *results), None),
         Part("generate", 0.4, (python, "-m", bench + "generate", "--suite", "gpu", "--seconds", "{seconds}",
                                "--json", str(out / "generate.json")), "generate.json"),
         Part("train", 0.55, (python, "-m", bench + "train", "--suite", "gpu", "--seconds", "{seconds}",

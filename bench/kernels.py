@@ -77,14 +77,21 @@ def worst_row_error(out: torch.Tensor, truth: torch.Tensor) -> float:
     return math.inf if worst.isnan() else float(worst)
 
 
+def _cloned(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Fresh tensors, for an op that may write to its arguments."""
+    return {
+        k: v.detach().clone().requires_grad_(v.requires_grad) if type(v) is torch.Tensor else v
+        for k, v in inputs.items()
+    }
+
+
 def check(spec: KernelSpec, case: Case, seed: int = 0) -> tuple[float, float]:
     """``(error, allowed)`` of the worst row over outputs and gradients, at the result where error / allowed is
     largest."""
     small = {**case, **case.get("check_at", {})}
     which, dtype = small.get("pass", "forward"), DTYPES[small.get("dtype", "bf16")]
     inputs = spec.make_inputs(small, "cuda", dtype, seed)
-    ours = _results(spec.run, inputs, which)
-    inputs = spec.make_inputs(small, "cuda", dtype, seed)
+    ours = _results(spec.run, _cloned(inputs), which)
     reference = _results(spec.reference, inputs, which)
     eps = torch.finfo(dtype).eps
     pairs = []

@@ -565,15 +565,15 @@ def sample(
 
 
 def _make_inputs(case: Case, device: str, dtype: torch.dtype, seed: int) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     num_rows, vocab_size = case["B"], case["V"]
 
     def each(value: float | int, kind: torch.dtype) -> torch.Tensor:
         return torch.full((num_rows,), value, dtype=kind, device=device)
 
     inputs: dict[str, Any] = {
-        "logits": (3 * torch.randn(num_rows, vocab_size, generator=generator)).to(device, dtype),
-        "keys": torch.randint(-(2**62), 2**62, (num_rows,), generator=generator).to(device),
+        "logits": (3 * torch.randn(num_rows, vocab_size, generator=generator, device=device)).to(dtype),
+        "keys": torch.randint(-(2**62), 2**62, (num_rows,), generator=generator, device=device),
         "steps": torch.arange(num_rows, device=device),
         "temperature": each(case.get("temperature", 1.0), torch.float32),
         "top_k": each(case.get("top_k", 0), torch.int32),
@@ -582,7 +582,7 @@ def _make_inputs(case: Case, device: str, dtype: torch.dtype, seed: int) -> dict
     }
     if "penalty" in case:
         inputs["repetition_penalty"] = each(case["penalty"], torch.float32)
-        inputs["seen"] = (torch.rand(num_rows, vocab_size, generator=generator) < 0.2).to(device)
+        inputs["seen"] = torch.rand(num_rows, vocab_size, generator=generator, device=device) < 0.2
     return inputs
 
 
