@@ -132,7 +132,7 @@ def _loss_kernel(
                 tl.store(base + at, gradient.to(logits_ptr.dtype.element_ty), mask=at < V)
 
 
-TRITON_DEFAULT = {"ROWS": 1024, "BLOCK": 4096, "warps": 8}
+TRITON_DEFAULT = {"ROWS": 1024, "BLOCK": 8192, "warps": 16}
 
 
 def _chunk_triton(logits, targets, weights, logit_scale, z_loss, losses, want_gradient, config) -> None:

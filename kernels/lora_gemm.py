@@ -171,9 +171,9 @@ def _sum_kernel(parts_ptr, out_ptr, size, scaling, COUNT: tl.constexpr, BLOCK: t
     tl.store(out_ptr + at, (acc * scaling).to(out_ptr.dtype.element_ty), mask=at < size)
 
 
-def gemm_default(target: int) -> dict[str, Any]:
+def gemm_default(target: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
     """Tiles for a compute capability (80, 90, 100)."""
-    if target < 90:
+    if target < 90 or dtype == torch.float32:
         return GEMM_AMPERE
     return GEMM_DEFAULT if target < 100 else GEMM_DEFAULT | {"FLATTEN": False}
 

@@ -79,6 +79,52 @@ def _adapter_of(token, adapter_ptr, starts_ptr, T, B, BLOCK_B: tl.constexpr):
 
 
 @triton.jit
+def _shrink_token_kernel(x_ptr, a_ptr, adapter_ptr, h_ptr, T, K, stride_x, R: tl.constexpr, BK: tl.constexpr):
+    """h [split, T, R] = x[t, split's channels] · A_nᵀ, one token and one share of the channels a program."""
+    token = tl.program_id(0).to(tl.int64)
+    adapter = tl.load(adapter_ptr + token).to(tl.int64)
+    if adapter >= 0:
+        channel = tl.program_id(1) * BK + tl.arange(0, BK)
+        rank = tl.arange(0, R)
+        x = tl.load(x_ptr + token * stride_x + channel, mask=channel < K, other=0.0).to(tl.float32)
+        at = (adapter * R + rank)[:, None] * K + channel[None, :]
+        a = tl.load(a_ptr + at, mask=(channel < K)[None, :], other=0.0).to(tl.float32)
+        h = tl.sum(a * x[None, :], axis=1)
+        tl.store(h_ptr + (tl.program_id(1) * tl.cast(T, tl.int64) + token) * R + rank, h)
+
+
+@triton.jit
+def _expand_token_kernel(
+    y_ptr,
+    h_ptr,
+    b_ptr,
+    scale_ptr,
+    adapter_ptr,
+    T,
+    N,
+    stride_y,
+    R: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLIT_BLOCK: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """y[t, columns] += scale · (Σ_split h) · B_nᵀ."""
+    token = tl.program_id(0).to(tl.int64)
+    adapter = tl.load(adapter_ptr + token).to(tl.int64)
+    if adapter >= 0:
+        column = tl.program_id(1) * BN + tl.arange(0, BN)
+        rank = tl.arange(0, R)
+        split = tl.arange(0, SPLIT_BLOCK)
+        at = (split[:, None] * tl.cast(T, tl.int64) + token) * R + rank[None, :]
+        b = tl.load(b_ptr + (adapter * N + column)[:, None] * R + rank[None, :], mask=(column < N)[:, None], other=0.0)
+        h = tl.sum(tl.load(h_ptr + at, mask=(split < SPLITS)[:, None], other=0.0), axis=0)
+        update = tl.sum(b.to(tl.float32) * h[None, :], axis=1) * tl.load(scale_ptr + adapter)
+        target = y_ptr + token * stride_y + column
+        y = tl.load(target, mask=column < N, other=0.0).to(tl.float32)
+        tl.store(target, (y + update).to(y_ptr.dtype.element_ty), mask=column < N)
+
+
+@triton.jit
 def _members(adapter_ptr, adapter, first, T, BLOCK_T: tl.constexpr, GROUP: tl.constexpr):
     """Of the tokens with this adapter those numbered ``first`` to ``first + GROUP``: their places, −1 where there are
     no more, and how many there are in all. One token a sequence."""
@@ -112,9 +158,9 @@ def _shrink_adapter_kernel(
     rank = tl.arange(0, R)
     ok = channel < K
     a_at = a_ptr + (adapter.to(tl.int64) * R + rank)[None, :] * K + channel[:, None]
+    a = tl.load(a_at, mask=ok[:, None], other=0.0)
     place, count = _members(adapter_ptr, adapter, 0, T, BLOCK_T, GROUP)
     if count > 0:
-        a = tl.load(a_at, mask=ok[:, None], other=0.0)
         h_split = h_ptr + tl.program_id(1) * tl.cast(T, tl.int64) * R
         first = 0
         while first < count:
@@ -123,7 +169,8 @@ def _shrink_adapter_kernel(
             h = tl.dot(x, a, input_precision=PRECISION)
             tl.store(h_split + row * R + rank[None, :], h, mask=row >= 0)
             first += GROUP
-            place, count = _members(adapter_ptr, adapter, first, T, BLOCK_T, GROUP)
+            if first < count:
+                place, count = _members(adapter_ptr, adapter, first, T, BLOCK_T, GROUP)
 
 
 @triton.jit
@@ -149,9 +196,9 @@ def _expand_adapter_kernel(
     rank = tl.arange(0, R)
     inside = column < N
     b_at = b_ptr + (adapter.to(tl.int64) * N + column)[None, :] * R + rank[:, None]
+    b = tl.load(b_at, mask=inside[None, :], other=0.0)
     place, count = _members(adapter_ptr, adapter, 0, T, BLOCK_T, GROUP)
     if count > 0:
-        b = tl.load(b_at, mask=inside[None, :], other=0.0)
         scale = tl.load(scale_ptr + adapter)
         first = 0
         while first < count:
@@ -165,7 +212,8 @@ def _expand_adapter_kernel(
             y = tl.dot((h * scale).to(b.dtype), b, y, input_precision=PRECISION)
             tl.store(target, y.to(y_ptr.dtype.element_ty), mask=mask)
             first += GROUP
-            place, count = _members(adapter_ptr, adapter, first, T, BLOCK_T, GROUP)
+            if first < count:
+                place, count = _members(adapter_ptr, adapter, first, T, BLOCK_T, GROUP)
 
 
 @triton.jit
@@ -247,7 +295,7 @@ def _expand_tile_kernel(
 
 
 MAX_DECODE_TOKENS = 512
-DECODE_DEFAULT = {"BK": 512, "BN": 256, "shrink_warps": 4, "expand_warps": 4}
+DECODE_DEFAULT = {"BY_TOKEN": True, "BK": 1024, "BN": 512, "shrink_warps": 8, "expand_warps": 8}
 TILE_DEFAULT = {"BT": 16, "BK": 128, "BN": 128, "warps": 4, "stages": 3}
 
 
@@ -270,10 +318,31 @@ def _add_triton(y, x, a, b, scalings, adapter_index, query_starts, max_query_len
         x = x.contiguous()
     precision = "ieee" if x.dtype == torch.float32 else "tf32"
     if max_query_len <= 1 and num_sequences == num_tokens and num_tokens <= MAX_DECODE_TOKENS:
-        config = tuned_config(OP, f"decode {rank}", DECODE_DEFAULT)
+        config = tuned_config(OP, f"decode {rank} {triton.next_power_of_2(num_in)}", DECODE_DEFAULT)
         bk = max(32, config["BK"] * 16 // rank)
         splits = triton.cdiv(num_in, bk)
+        bn = max(32, config["BN"] * 16 // rank)
         h = torch.empty(splits, num_tokens, rank, dtype=torch.float32, device=x.device)
+        if config["BY_TOKEN"]:
+            _shrink_token_kernel[(num_tokens, splits)](
+                x, a, adapter_index, h, num_tokens, num_in, x.stride(0), R=rank, BK=bk, num_warps=config["shrink_warps"]
+            )
+            _expand_token_kernel[(num_tokens, triton.cdiv(num_out, bn))](
+                y,
+                h,
+                b,
+                scalings,
+                adapter_index,
+                num_tokens,
+                num_out,
+                y.stride(0),
+                R=rank,
+                SPLITS=splits,
+                SPLIT_BLOCK=triton.next_power_of_2(splits),
+                BN=bn,
+                num_warps=config["expand_warps"],
+            )
+            return y
         common = {
             "R": rank,
             "BLOCK_T": max(16, triton.next_power_of_2(num_tokens)),
@@ -292,7 +361,6 @@ def _add_triton(y, x, a, b, scalings, adapter_index, query_starts, max_query_len
             num_warps=config["shrink_warps"],
             **common,
         )
-        bn = max(32, config["BN"] * 16 // rank)
         _expand_adapter_kernel[(a.shape[0], triton.cdiv(num_out, bn))](
             y,
             h,
@@ -461,7 +529,36 @@ def _compile_cases(target: int) -> list[CompileCase]:
         group = {"R": rank, "BLOCK_T": 64, "GROUP": 16, "PRECISION": "tf32"}
         cases += [
             CompileCase(
-                f"shrink, decode, R={rank}",
+                f"shrink, decode by token, R={rank}",
+                _shrink_token_kernel,
+                {
+                    "x_ptr": "*bf16",
+                    "a_ptr": "*bf16",
+                    "adapter_ptr": "*i32",
+                    "h_ptr": "*fp32",
+                    **dict.fromkeys(("T", "K", "stride_x"), "i32"),
+                },
+                {"R": rank, "BK": decode["BK"] * 16 // rank},
+                num_warps=decode["shrink_warps"],
+                attrs={"K": 16, "stride_x": 16},
+            ),
+            CompileCase(
+                f"expand, decode by token, R={rank}",
+                _expand_token_kernel,
+                {
+                    "y_ptr": "*bf16",
+                    "h_ptr": "*fp32",
+                    "b_ptr": "*bf16",
+                    "scale_ptr": "*fp32",
+                    "adapter_ptr": "*i32",
+                    **dict.fromkeys(("T", "N", "stride_y"), "i32"),
+                },
+                {"R": rank, "SPLITS": 8, "SPLIT_BLOCK": 8, "BN": decode["BN"] * 16 // rank},
+                num_warps=decode["expand_warps"],
+                attrs={"N": 16, "stride_y": 16},
+            ),
+            CompileCase(
+                f"shrink, decode by adapter, R={rank}",
                 _shrink_adapter_kernel,
                 {
                     "x_ptr": "*bf16",
@@ -475,7 +572,7 @@ def _compile_cases(target: int) -> list[CompileCase]:
                 attrs={"K": 16, "stride_x": 16},
             ),
             CompileCase(
-                f"expand, decode, R={rank}",
+                f"expand, decode by adapter, R={rank}",
                 _expand_adapter_kernel,
                 {
                     "y_ptr": "*bf16",

@@ -10,6 +10,7 @@ dtype with fp32 accumulation; a and b may be kept in fp32, and their gradients c
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from .tuning import tuned_config
 OP = "lora_linear"
 MAX_RANK = 256
 # Multiplications of the frozen GEMM from which the fused kernels pay for their launches; below, the library's do.
-CROSSOVER = {"products": 1 << 33}
+CROSSOVER = {"products": 1 << 36}
 
 
 def lora_linear_reference(
@@ -92,6 +93,12 @@ def _padded(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> tuple[torch
     return torch.nn.functional.pad(a.to(dtype), (0, 0, 0, padding)), torch.nn.functional.pad(b.to(dtype), (0, padding))
 
 
+def _tiles(which: str, x: torch.Tensor) -> Mapping[str, Any]:
+    """The GEMM's tiles; fp32 takes twice the shared memory and has its own."""
+    bucket = f"{which} fp32" if x.dtype == torch.float32 else which
+    return tuned_config(OP, bucket, gemm_default(capability(x), x.dtype))
+
+
 class _LoraLinearTriton(torch.autograd.Function):
     """The update is one more step of the frozen GEMM's own loop; only h and g, [T, R], pass through memory."""
 
@@ -100,9 +107,7 @@ class _LoraLinearTriton(torch.autograd.Function):
         a_, b_ = _padded(a, b, x.dtype)
         dense = dequantize(weight, x.dtype, backend="triton")
         h = shrink(x, a_, scaling, config=tuned_config(OP, "shrink", SHRINK_DEFAULT))
-        y = gemm_add(
-            x, dense, h, b_, bias, rows_are_k=False, config=tuned_config(OP, "forward", gemm_default(capability(x)))
-        )
+        y = gemm_add(x, dense, h, b_, bias, rows_are_k=False, config=_tiles("forward", x))
         ctx.save_for_backward(x, h, a_, b_, weight if isinstance(weight, torch.Tensor) else None)
         ctx.weight = None if isinstance(weight, torch.Tensor) else weight
         ctx.scaling, ctx.rank, ctx.dtypes = scaling, a.shape[0], (a.dtype, b.dtype)
@@ -125,7 +130,7 @@ class _LoraLinearTriton(torch.autograd.Function):
             da = gradient(x, g, transposed=True, dtype=ctx.dtypes[0], config=config)[: ctx.rank]
         if need_x:
             dense = weight if weight is not None else dequantize(ctx.weight, x.dtype, backend="triton")
-            config = tuned_config(OP, "backward", gemm_default(capability(x)))
+            config = _tiles("backward", x)
             dx = gemm_add(dy, dense, g, a_, None, rows_are_k=True, config=config)
         return dx, None, None, da, db, None
 

@@ -190,7 +190,7 @@ def tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return _table(CODEBOOK, device), _table(dynamic_map(), device)
 
 
-DEQUANTIZE_DEFAULT = {"BN": 32, "BLOCKS": 2, "warps": 4}
+DEQUANTIZE_DEFAULT = {"BN": 16, "BLOCKS": 2, "warps": 2}
 
 
 def _dequantize_triton(weight: NF4Weight, dtype: torch.dtype, config: Any) -> torch.Tensor:

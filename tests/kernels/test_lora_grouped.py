@@ -1,13 +1,25 @@
 import pytest
 import torch
 from proofs import assert_as_good, poisoned, prove, widen
-from specialize.kernels.lora_grouped import SPEC, lora_grouped_add_
+from specialize.kernels.lora_grouped import DECODE_DEFAULT, SPEC, lora_grouped_add_
+from specialize.kernels.tuning import override
+
+
+def _prove_both_forms(case, dtype, device):
+    """Decode has a kernel that goes by tokens and one that goes by adapters."""
+    for by_token in (True, False):
+        rank = max(16, 1 << (case["R"] - 1).bit_length())
+        bucket = f"decode {rank} {1 << (case['in'] - 1).bit_length()}"
+        with override("lora_grouped_add_", bucket, DECODE_DEFAULT | {"BY_TOKEN": by_token, "BK": 64, "BN": 64}):
+            prove(SPEC, case, dtype, device=device)
+        if "lens" in case:
+            return
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("case", SPEC.test_cases, ids=str)
 def test_triton_is_as_good_as_the_reference(case, dtype):
-    prove(SPEC, case, dtype)
+    _prove_both_forms(case, dtype, "cpu")
 
 
 @pytest.mark.gpu
@@ -15,6 +27,8 @@ def test_triton_is_as_good_as_the_reference(case, dtype):
 @pytest.mark.parametrize("case", [*SPEC.test_cases, *SPEC.bench_cases], ids=str)
 def test_on_the_device(case, dtype):
     prove(SPEC, case, dtype, device="cuda")
+    if case in SPEC.test_cases:
+        _prove_both_forms(case, dtype, "cuda")
 
 
 @pytest.mark.slow

@@ -15,6 +15,8 @@ def small_tiles():
     with (
         override("lora_linear", "forward", GEMM_DEFAULT | TILES),
         override("lora_linear", "backward", GEMM_DEFAULT | TILES),
+        override("lora_linear", "forward fp32", GEMM_DEFAULT | TILES),
+        override("lora_linear", "backward fp32", GEMM_DEFAULT | TILES),
         override("lora_linear", "shrink", SHRINK_DEFAULT | {"BM": 32, "BK": 32}),
         override("lora_linear", "gradient", GRADIENT_DEFAULT | {"BT": 16, "BK": 32, "SPLITS": 3}),
     ):
