@@ -232,7 +232,7 @@ GELU_SPEC = KernelSpec(
     make_inputs=_make_gelu_inputs,
     test_cases=({"T": 1, "I": 1}, {"T": 3, "I": 127}, {"T": 0, "I": 5}, {"T": 5, "I": 2049}),
     bench_cases=(
-        {"model": "MPT-7B", "T": 8192, "I": 16384, "check_at": {"T": 1111}},
+        {"model": "MPT-7B", "T": 8192, "I": 16384, "priority": 2, "check_at": {"T": 1111}},
         {"model": "MPT-7B", "T": 8192, "I": 16384, "pass": "backward", "check_at": {"T": 1111}},
     ),
     bytes=lambda case: (3 if case.get("pass") == "backward" else 2) * case["T"] * case["I"] * 2,
@@ -249,7 +249,7 @@ SPEC = KernelSpec(
     make_inputs=_make_swiglu_inputs,
     test_cases=({"T": 1, "I": 1}, {"T": 3, "I": 127}, {"T": 0, "I": 5}, {"T": 5, "I": 1025}),
     bench_cases=(
-        {"model": "Llama-8B", "T": 8192, "I": 14336, "check_at": {"T": 1111}},
+        {"model": "Llama-8B", "T": 8192, "I": 14336, "priority": 2, "check_at": {"T": 1111}},
         {"model": "Llama-8B", "T": 8192, "I": 14336, "pass": "backward", "check_at": {"T": 1111}},
         {"model": "SmolLM2", "T": 32768, "I": 1536, "check_at": {"T": 1111}},
         {"model": "SmolLM2", "T": 32768, "I": 1536, "pass": "backward", "check_at": {"T": 1111}},

@@ -358,8 +358,8 @@ SPEC = KernelSpec(
         )
     ),
     bench_cases=(
-        {"model": "MPT-7B", "T": 8192, "C": 4096, "check_at": {"T": 1111}},
-        {"model": "MPT-7B", "T": 8192, "C": 4096, "pass": "backward", "check_at": {"T": 1111}},
+        {"model": "MPT-7B", "T": 8192, "C": 4096, "priority": 2, "check_at": {"T": 1111}},
+        {"model": "MPT-7B", "T": 8192, "C": 4096, "pass": "backward", "priority": 2, "check_at": {"T": 1111}},
         {"model": "MPT-30B", "T": 8192, "C": 7168, "check_at": {"T": 1111}},
         {"model": "MPT-30B", "T": 8192, "C": 7168, "pass": "backward", "check_at": {"T": 1111}},
         {"model": "MPT-7B decode", "T": 64, "C": 4096},

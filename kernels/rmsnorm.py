@@ -302,7 +302,7 @@ SPEC = KernelSpec(
         {"T": 6, "N": 3, "C": 16, "residual": False},
     ),
     bench_cases=(
-        {"model": "Llama-8B", "T": 8192, "C": 4096, "check_at": {"T": 1111}},
+        {"model": "Llama-8B", "T": 8192, "C": 4096, "priority": 2, "check_at": {"T": 1111}},
         {"model": "Llama-8B", "T": 8192, "C": 4096, "pass": "backward", "check_at": {"T": 1111}},
         {"model": "SmolLM2", "T": 32768, "C": 576, "check_at": {"T": 1111}},
         {"model": "SmolLM2", "T": 32768, "C": 576, "pass": "backward", "check_at": {"T": 1111}},

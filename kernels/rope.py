@@ -197,7 +197,7 @@ SPEC = KernelSpec(
         {"T": 31, "H": 2, "D": 112, "M": 64},
     ),
     bench_cases=(
-        {"model": "Llama-8B", "T": 8192, "H": 32, "D": 128, "check_at": {"T": 1111}},
+        {"model": "Llama-8B", "T": 8192, "H": 32, "D": 128, "priority": 2, "check_at": {"T": 1111}},
         {"model": "Llama-8B", "T": 8192, "H": 32, "D": 128, "pass": "backward", "check_at": {"T": 1111}},
         {"model": "SmolLM2", "T": 32768, "H": 9, "D": 64, "check_at": {"T": 1111}},
     ),

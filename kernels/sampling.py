@@ -647,7 +647,7 @@ SPEC = KernelSpec(
         {"B": 2, "V": 2048, "temperature": 0.8, "min_p": 0.05},
     ),
     bench_cases=(
-        {"model": "MPT", "B": 128, "V": 50432, "temperature": 0.7, "top_p": 0.95, **_EXACT},
+        {"model": "MPT", "B": 128, "V": 50432, "temperature": 0.7, "top_p": 0.95, "priority": 2, **_EXACT},
         {"model": "MPT", "B": 128, "V": 50432, "temperature": 1.0, **_EXACT},
         {"model": "MPT", "B": 128, "V": 50432, "temperature": 0.0, **_EXACT},
         {"model": "Llama-8B", "B": 64, "V": 128256, "temperature": 0.7, "top_k": 50, "top_p": 0.95, **_EXACT},
