@@ -210,21 +210,19 @@ class Synthesizer:
         for seed in self.seeds:
             seen |= {normalise(value) for _, value in split_fields(seed.input) or []}
         found: list[Material] = []
+        spare: list[Material] = []
         # One sentence of each document a pass, so that a long document does not fill the front of the list.
         pieces: list[list[Material]] = []
         for document in self._document_order(kind, wanted):
             texts = sentences(document.text) if sentence else [cut(document.text, high)]
             mine = []
-            if kind is not None and kind.open_book and sentence:
-                # A sentence that names what its document is about gives away what is asked for.
-                texts = [
-                    text for text in texts if not document.title or normalise(document.title) not in normalise(text)
-                ]
+            title = normalise(document.title) if kind is not None and kind.open_book and sentence else ""
             for text in texts:
                 key_text = normalise(text)
                 if low <= len(text.split()) <= high and key_text not in seen and key_text:
                     seen.add(key_text)
-                    mine.append(Material(text, document.id))
+                    # A sentence that names what its document is about gives away what is asked for.
+                    (spare if title and title in key_text else mine).append(Material(text, document.id))
             pieces.append(mine)
         if sentence:
             near = max(20, wanted)
@@ -235,7 +233,7 @@ class Synthesizer:
                 found = self._best_matching(kind, found, wanted)
         else:
             found = [material for mine in pieces for material in mine]
-        return found
+        return found + spare
 
     def _best_matching(self, kind: Kind, found: list[Material], wanted: int) -> list[Material]:
         """Of the first four times ``wanted`` sentences, those nearer to this kind's seeds than to other kinds' come

@@ -64,7 +64,7 @@ def write_domain(folder: Path) -> SimpleNamespace:
     for i in range(40):
         animal, place = ANIMALS[i % 8], PLACES[(i // 3) % 6]
         text = f"On day {i} the {animal} went to the {place} and had a rest there for some hours. It ate {i} seeds."
-        documents.append({"id": f"d{i}", "title": f"Day {i}", "text": text})
+        documents.append({"id": f"d{i}", "title": f"Log {i}", "text": text})
     for i in range(6):
         examples.append(
             {"input": f"Evening {i}: the {ANIMALS[i]} sat awake on the {PLACES[i]} roof.", "outputs": ["no"]}
