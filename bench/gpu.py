@@ -26,6 +26,7 @@ import torch
 from .environment import environment
 
 SHUTDOWN_SECONDS = 12  # kept back for stopping a part and writing the summary
+START_AND_END_SECONDS = 12  # of a part: its imports before, its last case and its plot after the time it is told
 MAX_LOG_BYTES = 4 << 20
 
 
@@ -118,7 +119,8 @@ def _tail(path: Path, num_lines: int = 12) -> list[str]:
 
 def _run(part: Part, seconds: float, log: Path) -> dict[str, Any]:
     """Runs ``part`` in its own session and ends that session's processes when its time is over."""
-    command = [argument.replace("{seconds}", str(max(1, int(seconds - 5)))) for argument in part.command]
+    own = max(1, int(seconds - max(START_AND_END_SECONDS, 0.12 * seconds)))
+    command = [argument.replace("{seconds}", str(own)) for argument in part.command]
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "output.txt"

@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 
 import click
 import torch
+import torch._functorch.config
 
 from ..kernels import tuning
 from ..kernels.spec import Case, KernelSpec
@@ -146,8 +148,10 @@ def measure(function: Callable[..., Any], inputs: dict[str, Any], which: str, re
     torch.cuda.synchronize()
     timed, kept = "graph", None
     try:
-        with torch.cuda.graph(graph, stream=stream):
-            kept = run()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a capture which fails leaves an empty graph
+            with torch.cuda.graph(graph, stream=stream):
+                kept = run()
         call = graph.replay
     except RuntimeError:
         torch.cuda.synchronize()
@@ -336,6 +340,8 @@ def bench_all(
     if not tune:
         compile_ahead(ops, seconds=min(90.0, (deadline - time.monotonic()) / 3))
         print(f"compiled ahead; {deadline - time.monotonic():.0f} s left", flush=True)
+    # A peer made by torch.compile must keep its buffers for the second of the timed backward passes.
+    torch._functorch.config.donated_buffer = False  # pyright: ignore
     rows = []
     with open(folder / "kernels.jsonl", "a") as file:
         for spec, case in cases_by_priority(chosen):
