@@ -241,8 +241,14 @@ def test_ctrl_c_leaves_a_run_that_resumes(tiny, arguments, tmp_path):
         str(run),
         "--quiet",
     ]
+    # Under a shell's `&` the tests inherit an ignored SIGINT; the child gets what a terminal would give it.
     child = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     for _ in range(600):
         if (run / "teacher").exists():
