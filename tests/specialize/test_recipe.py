@@ -1,7 +1,7 @@
 import pytest
 
 from specialize.errors import InputError
-from specialize.recipe import Recipe, override, read_recipe, shipped, write_recipe
+from specialize.recipe import Recipe, override, read_recipe, remembered_inputs, shipped, write_recipe
 
 
 @pytest.mark.parametrize("name", ["small", "demo", "paper"])
@@ -59,3 +59,11 @@ def test_override():
 def test_unknown_recipe_lists_those_there_are():
     with pytest.raises(InputError, match="shipped: demo, paper, small"):
         read_recipe("nowhere")
+
+
+def test_inputs_are_remembered_whatever_the_settings(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("responses:\n  a_key_of_an_older_version: 1\ninputs:\n  model: m\n  seeds: s\n")
+    assert remembered_inputs(path) == {"model": "m", "seeds": "s"}
+    with pytest.raises(InputError, match="a_key_of_an_older_version"):
+        read_recipe(path)

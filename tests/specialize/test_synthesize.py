@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -166,3 +167,87 @@ def test_selection_is_balanced_and_complete():
 def test_numbers_are_fixed_by_their_parts():
     assert number_of(0, "a", 1) == number_of(0, "a", 1) != number_of(0, "a1")
     assert 0 <= number_of("x", bits=31) < 2**31
+
+
+class StubIndex:
+    """Finds every passage for every query, in order."""
+
+    def __init__(self, passages):
+        self.hits = [SimpleNamespace(passage=p, score=1.0, rank=i) for i, p in enumerate(passages)]
+
+    def search(self, queries, k, mode):
+        return [self.hits[:k] for _ in queries]
+
+
+NAMING = [
+    Seed(f"n{i}", "name", "Name it.", f"A heat of the body far above normal, case {i}.", "fever") for i in range(3)
+]
+PASSAGES = [
+    SimpleNamespace(
+        id="d1-0", document_id="d1", title="Fever", text="A heat of the body. Fever is also called pyrexia."
+    ),
+    SimpleNamespace(id="d2-0", document_id="d2", title="", text="Some other text about the body."),
+]
+
+
+def test_passages_are_for_answers_that_are_not_in_the_input():
+    kinds = kinds_of([*SEEDS, *NAMING])
+    recipe = override(Recipe(), ["retrieval.mode=bm25", "responses.passages=2"])
+    one = Synthesizer(recipe, kinds, documents(3), index=StubIndex(PASSAGES))
+    assert [kind.open_book for kind in kinds] == [False, True, True]
+    asked = [("a", kinds[0], "", "gout here", []), ("b", kinds[2], "Name it.", "a heat", ["d1", "d2"])]
+    found = one.passages(asked)
+    assert set(found) == {"b"}
+    assert [p.id for p in found["b"]] == ["d1-0"]  # its own document says something new, since it has a title
+    rows = one.seed_rows_with_passages()
+    assert len(rows) == 6
+    assert "### Background:\nFever: A heat of the body." in rows[-1]["prompt"]
+    assert rows[-1]["response"] == "fever"
+
+
+def test_sentences_that_name_their_document_come_last():
+    titled = [
+        SimpleNamespace(
+            id=f"d{i}",
+            title="Fever",
+            text=f"Fever is a heat of the body in case {i}. It is far above what is normal in {i}.",
+        )
+        for i in range(5)
+    ]
+    recipe = override(Recipe(), ["retrieval.mode='off'", "examples=4"])
+    one = Synthesizer(recipe, kinds_of(NAMING), titled)
+    found = [m.text for m in one.materials(one.kinds[0])]
+    assert len(found) == 10
+    assert not any("Fever" in text for text in found[:5])
+    assert all("Fever" in text for text in found[5:])
+
+
+def test_sentences_nearer_to_a_kinds_seeds_come_first():
+    drugs = [
+        Seed(
+            f"x{i}", "drugs", "List drugs.", f"On that day they took some aspirin in case number {i}.", "aspirin <Drug>"
+        )
+        for i in range(3)
+    ]
+    illness = [
+        Seed(f"y{i}", "ills", "List ills.", f"On that day they had some measles in case number {i}.", "measles <Ill>")
+        for i in range(3)
+    ]
+    texts = [f"Here {'aspirin' if i % 2 else 'measles'} was seen in the old patient number {i}." for i in range(40)]
+    corpus = [SimpleNamespace(id=f"d{i}", title="", text=text) for i, text in enumerate(texts)]
+
+    def embed(batch):
+        rows = np.array([["aspirin" in t, "measles" in t] for t in batch], dtype=np.float32)
+        return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
+
+    kept = {}
+
+    def remember(key, make):
+        return kept.setdefault(key, make())
+
+    recipe = override(Recipe(), ["retrieval.mode='off'", "examples=10", "instructions.candidates=2"])
+    one = Synthesizer(recipe, kinds_of([*drugs, *illness]), corpus, embed=embed, remember=remember)
+    found = [m.text for m in one.materials(one.kinds[0])]
+    assert all("aspirin" in text for text in found[:20])
+    assert len(found) == 40
+    assert list(kept) == ["materials-0"]
