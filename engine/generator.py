@@ -25,8 +25,9 @@ from .decode_graph import DecodeGraphs
 from .model import Model
 from .pages import PageAllocator
 from .sampler import Completion, Request, SamplingParams, stream_key
-from .scheduler import EngineConfig, Scheduler, StepPlan
+from .scheduler import EngineConfig, Rows, Scheduler, StepPlan
 from .scheduler import Sequence as SequenceState
+from .spans import Span, no_span
 from .stops import StopWatcher
 
 if TYPE_CHECKING:
@@ -68,9 +69,12 @@ class Generator:
         tokenizer: Tokenizer | None = None,
         config: EngineConfig | None = None,
         adapters: Mapping[str, str | Path] | None = None,
+        *,
+        span: Span = no_span,
     ) -> None:
-        """Without a tokenizer, prompts are lists of token ids and completions have no text."""
-        self.model, self.tokenizer = model, tokenizer
+        """Without a tokenizer, prompts are lists of token ids and completions have no text. ``span`` names the parts of
+        a step to a profiler."""
+        self.model, self.tokenizer, self._span = model, tokenizer, span
         self.config = config = config or EngineConfig()
         on_gpu = model.device.type == "cuda"
         self.max_sequences = config.max_sequences or min(256 if on_gpu else 64, config.max_batch_tokens or 1 << 30)
@@ -286,7 +290,8 @@ class Generator:
                     else:
                         scheduler.add(item)
                 began = time.perf_counter()
-                plan = scheduler.schedule()
+                with self._span("schedule"):
+                    plan = scheduler.schedule()
                 if plan is None:
                     if exhausted:
                         return
@@ -344,25 +349,32 @@ class Generator:
         stats.computed_tokens += plan.num_tokens
         stats.generated_tokens += len(plan.sampled)
         token_ids, logprobs, alternatives = drawn
-        finished = scheduler.commit(plan, token_ids)
-        return outputs.after_step(plan, token_ids, logprobs, alternatives, finished)
+        with self._span("commit"):
+            finished = scheduler.commit(plan, token_ids)
+            return outputs.after_step(plan, token_ids, logprobs, alternatives, finished)
 
     @torch.inference_mode()
     def _forward(self, scheduler: Scheduler, outputs: _Outputs, plan: StepPlan):
         """Runs the batch; returns drawn ids, their logprobs, and the top alternatives of rows that asked for them."""
         rows = scheduler.rows
-        batch, settings = build_step(plan, rows, self.model.device)
-        adapters = None
-        if batch.adapter_index is not None:
-            sequences = [s.adapter_id for s in plan.decodes] + [c.sequence.adapter_id for c in plan.chunks]
-            adapters = self._pool.select(sequences)
-        all_sampled = len(plan.sampled) == batch.num_tokens
-        logits = self._graphs.logits(batch) if all_sampled else None
-        if logits is None:
-            hidden = self.model.forward(batch, self.cache, adapters)
-            if not plan.sampled:
-                return np.empty(0, np.int64), np.empty(0, np.float32), {}
-            logits = self.model.logits(hidden if all_sampled else hidden[settings["last"]])
+        with self._span("build"):
+            batch, settings = build_step(plan, rows, self.model.device)
+            adapters = None
+            if batch.adapter_index is not None:
+                sequences = [s.adapter_id for s in plan.decodes] + [c.sequence.adapter_id for c in plan.chunks]
+                adapters = self._pool.select(sequences)
+        with self._span("forward"):
+            all_sampled = len(plan.sampled) == batch.num_tokens
+            logits = self._graphs.logits(batch) if all_sampled else None
+            if logits is None:
+                hidden = self.model.forward(batch, self.cache, adapters)
+                if not plan.sampled:
+                    return np.empty(0, np.int64), np.empty(0, np.float32), {}
+                logits = self.model.logits(hidden if all_sampled else hidden[settings["last"]])
+        with self._span("sample"):
+            return self._sample(plan, rows, outputs, settings, logits)
+
+    def _sample(self, plan: StepPlan, rows: Rows, outputs: _Outputs, settings: dict, logits: torch.Tensor):
         penalised = bool((rows.repetition_penalty[plan.sampled_rows] != 1.0).any())
         ids, logprobs = sample(
             logits,

@@ -231,13 +231,14 @@ class Model:
         cache: Any | None = None,
         adapters: LayerAdapters | None = None,
         *,
-        checkpoint_layers: bool = False,
+        recompute_layers: int = 0,
         rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Hidden states [T, C] after the final norm.
 
-        ``cache.layer(i)`` gives (k_cache, v_cache) [P,S,K,D] of a layer, and optionally two scales. With
-        ``checkpoint_layers`` the backward pass recomputes each block instead of keeping its activations. With ``rows``
+        ``cache.layer(i)`` gives (k_cache, v_cache) [P,S,K,D] of a layer, and optionally two scales. The backward pass
+        recomputes the first ``recompute_layers`` blocks instead of keeping their activations: by the time their turn
+        comes those of the later blocks are freed, so recomputing needs no memory beyond the peak. With ``rows``
         (i64 [N], positions in the packed batch) the result is [N, C], and the last block goes on from its attention
         with these rows alone; adapters must then treat all rows alike.
         """
@@ -247,7 +248,7 @@ class Model:
         residual: torch.Tensor | None = None
         for layer in self.layers:
             wanted = rows if layer is self.layers[-1] else None
-            if checkpoint_layers:
+            if layer.layer_id < recompute_layers:
                 arguments = (layer, x, residual, batch, None, adapters, wanted)
                 x, residual = checkpoint(self._block, *arguments, use_reentrant=False)
             else:

@@ -315,7 +315,7 @@ class Trainer:
         hidden = self.model.forward(
             micro.batch,
             adapters=self.lora,
-            checkpoint_layers=self.config.checkpoint_layers and torch.is_grad_enabled(),
+            recompute_layers=len(self.model.layers) * (self.config.checkpoint_layers and torch.is_grad_enabled()),
             rows=micro.loss_rows,
         )
         return linear_cross_entropy(
