@@ -24,7 +24,8 @@ class Batch:
     Sequence b owns tokens ``query_starts[b]:query_starts[b+1]``, the last ones of its ``context_lens[b]`` tokens. The
     first ``num_decodes`` sequences have exactly one token. Without a cache, ``slots`` and ``page_table`` are None and
     every context is its own query. ``adapter_index`` is -1 where a sequence uses the base alone.
-    ``shared_prefix_len`` tokens (whole pages) at the start are common to all sequences.
+    Decodes ``prefix_groups[g]:prefix_groups[g+1]`` have their first ``prefix_lens`` tokens (whole pages) in the same
+    pages; ``max_prefix_len`` 0: nothing is said to be shared.
     """
 
     token_ids: torch.Tensor  # i64[T]
@@ -37,7 +38,9 @@ class Batch:
     slots: torch.Tensor | None = None  # i64[T], page * page_size + offset; -1 is skipped
     page_table: torch.Tensor | None = None  # i32[B,N]
     adapter_index: torch.Tensor | None = None  # i32[B]
-    shared_prefix_len: int = 0
+    prefix_groups: torch.Tensor | None = None  # i32[G+1], over the decodes
+    prefix_lens: torch.Tensor | None = None  # i32[num_decodes]
+    max_prefix_len: int = 0
 
     @property
     def num_tokens(self) -> int:

@@ -339,7 +339,8 @@ class Model:
         out = attention_paged(
             q, k_cache, v_cache, batch.page_table, batch.context_lens, batch.query_starts,
             max_context_len=batch.max_context_len, num_decodes=batch.num_decodes, k_scale=k_scale, v_scale=v_scale,
-            shared_prefix_len=batch.shared_prefix_len, **shared,
+            prefix_groups=batch.prefix_groups, prefix_lens=batch.prefix_lens, max_prefix_len=batch.max_prefix_len,
+            **shared,
         )  # fmt: skip
         return out.flatten(1)
 

@@ -11,6 +11,7 @@ The Triton kernels are in attention_paged.py.
 from __future__ import annotations
 
 import importlib.util
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -52,9 +53,12 @@ def attention_paged_reference(
     window: int | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
-    shared_prefix_len: int = 0,
+    prefix_groups: torch.Tensor | None = None,
+    prefix_lens: torch.Tensor | None = None,
+    max_prefix_len: int = 0,
 ) -> torch.Tensor:
-    """The readable truth: sequence by sequence, whole score matrix, in fp32 (fp64 queries stay fp64)."""
+    """The readable truth: sequence by sequence, whole score matrix, in fp32 (fp64 queries stay fp64). What decodes
+    share is in their page tables already."""
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
     group = q.shape[1] // k_cache.shape[2]
     starts, contexts = query_starts.tolist(), context_lens.tolist()
@@ -184,7 +188,6 @@ def _check(
     num_decodes,
     k_scale,
     v_scale,
-    shared_prefix_len,
 ) -> None:
     """What paged attention asks beyond check_attention. Values are looked at on the CPU only: no sync with a
     device.
@@ -214,8 +217,6 @@ def _check(
     capacity = page_table.shape[1] * k_cache.shape[1]
     if num_sequences and not 1 <= max_context_len <= capacity:
         raise bad_argument(OP, "max_context_len", max_context_len, f"1 to {capacity}, the tokens of a page-table row")
-    if not 0 <= shared_prefix_len < max(1, max_context_len):
-        raise bad_argument(OP, "shared_prefix_len", shared_prefix_len, f"0 to {max_context_len - 1}")
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if scale is not None and (scale.shape != (k_cache.shape[2],) or scale.dtype != torch.float32):
             given = f"{scale.dtype} {tuple(scale.shape)}"
@@ -229,9 +230,54 @@ def _check(
             if not queries <= context <= max_context_len:
                 allowed = f"its {queries} queries to max_context_len {max_context_len}"
                 raise bad_argument(OP, "context_lens", f"{context} for sequence {b}", allowed)
-            if b < num_decodes and context <= shared_prefix_len:
-                allowed = f"more than shared_prefix_len {shared_prefix_len}"
-                raise bad_argument(OP, "context_lens", f"{context} for sequence {b}", allowed)
+
+
+def _check_prefixes(
+    page_size: int,
+    page_table: torch.Tensor,
+    context_lens: torch.Tensor,
+    max_context_len: int,
+    num_decodes: int,
+    prefix_groups: torch.Tensor | None,
+    prefix_lens: torch.Tensor | None,
+    max_prefix_len: int,
+) -> None:
+    """What prefix groups must be, called with max_prefix_len ≠ 0. Values are looked at on the CPU only."""
+    if not 0 < max_prefix_len < max_context_len:
+        raise bad_argument(OP, "max_prefix_len", max_prefix_len, f"0 to {max_context_len - 1}")
+    if (
+        prefix_groups is None
+        or prefix_groups.dim() != 1
+        or len(prefix_groups) < 2
+        or prefix_groups.dtype != torch.int32
+    ):
+        given = "None" if prefix_groups is None else f"{prefix_groups.dtype} {tuple(prefix_groups.shape)}"
+        raise bad_argument(OP, "prefix_groups", given, "int32 [G+1] with max_prefix_len")
+    if prefix_lens is None or prefix_lens.shape != (num_decodes,) or prefix_lens.dtype != torch.int32:
+        given = "None" if prefix_lens is None else f"{prefix_lens.dtype} {tuple(prefix_lens.shape)}"
+        raise bad_argument(OP, "prefix_lens", given, f"int32 [{num_decodes}] with max_prefix_len")
+    for name, tensor in (("prefix_groups", prefix_groups), ("prefix_lens", prefix_lens)):
+        if tensor.device != page_table.device or not tensor.is_contiguous():
+            given = f"on {tensor.device} with strides {tensor.stride()}"
+            raise bad_argument(OP, name, given, f"contiguous on {page_table.device}, as the page table")
+    if prefix_lens.is_cuda:
+        return
+    starts, lens, contexts = prefix_groups.tolist(), prefix_lens.tolist(), context_lens.tolist()
+    if starts[0] != 0 or starts[-1] != num_decodes or any(a > b for a, b in pairwise(starts)):
+        raise bad_argument(OP, "prefix_groups", starts, f"rising from 0 to num_decodes, {num_decodes}")
+    for start, stop in pairwise(starts):
+        if start == stop:
+            continue
+        prefix = lens[start]
+        if any(length != prefix for length in lens[start:stop]):
+            raise bad_argument(OP, "prefix_lens", lens[start:stop], "one length in each group")
+        if prefix % page_size or not 0 <= prefix <= max_prefix_len or prefix >= min(contexts[start:stop]):
+            allowed = f"whole pages of {page_size}, at most max_prefix_len, less than the context"
+            raise bad_argument(OP, "prefix_lens", f"{prefix} for decodes {start} to {stop - 1}", allowed)
+        shared = page_table[start:stop, : prefix // page_size]
+        if not bool((shared == shared[:1]).all()):
+            allowed = "the same pages for the first prefix_lens tokens of a group"
+            raise bad_argument(OP, "page_table", f"different in decodes {start} to {stop - 1}", allowed)
 
 
 def attention_paged(
@@ -250,15 +296,23 @@ def attention_paged(
     window: int | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
-    shared_prefix_len: int = 0,
+    prefix_groups: torch.Tensor | None = None,
+    prefix_lens: torch.Tensor | None = None,
+    max_prefix_len: int = 0,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Attention of queries [T,H,D] against pages [P,S,K,D]; returns out [T,H,D]. No gradient.
 
     page_table i32 [B,N] (entries past a sequence's context are never read), context_lens i32 [B] counts this
     step's tokens too, query_starts i32 [B+1]. The first ``num_decodes`` sequences have exactly one query each.
-    ``shared_prefix_len`` tokens at the start are common to all decodes (their page-table rows begin alike) and
-    may be read once, which moves the bounds of the sums and so the last bits. k_scale, v_scale f32 [K].
+    k_scale, v_scale f32 [K].
+
+    Decodes that begin alike may say so, and what they share is read once for all of them: decodes
+    prefix_groups[g]:prefix_groups[g+1] (i32 [G+1], rising from 0 to num_decodes; groups may be empty) have their first
+    prefix_lens tokens (i32 [num_decodes], equal within a group, whole pages, less than each context) in the same pages.
+    ``max_prefix_len`` is at least the longest; 0: nothing is shared. Backend "triton" then cuts its sums elsewhere,
+    which moves the last bits.
+
     Backends: "triton"; "cpp" (CPU, reads the pages in place); "torch" and "sdpa" (gathered pages, SDPA);
     "flash" (the flash-attn package, 16-bit pages). Raises ValueError for arguments that do not fit, before any
     launch.
@@ -266,9 +320,13 @@ def attention_paged(
     check_attention(OP, q, {"k_cache": k_cache, "v_cache": v_cache}, query_starts, softmax_scale, alibi_slopes, window)
     _check(
         q, k_cache, v_cache, page_table, context_lens, query_starts, max_query_len, max_context_len, num_decodes,
-        k_scale,
-        v_scale, shared_prefix_len,
+        k_scale, v_scale,
     )  # fmt: skip
+    if max_prefix_len:
+        _check_prefixes(
+            k_cache.shape[1], page_table, context_lens, max_context_len, num_decodes, prefix_groups, prefix_lens,
+            max_prefix_len,
+        )  # fmt: skip
     chosen = choose_backend(OP, q, backend, BACKENDS, cpu_attention.default_backend(q, k_cache, k_scale, v_scale))
     if chosen == "cpp":
         if k_scale is not None or v_scale is not None:
@@ -290,8 +348,8 @@ def attention_paged(
         vector_config = tuned_config("attention_decode_vector", bucket, kernels.default_vector_config())
         return kernels.launch_paged(
             q, k_cache, v_cache, page_table, context_lens, query_starts, max_query_len, max_context_len, num_decodes,
-            softmax_scale, alibi_slopes, window, k_scale, v_scale, shared_prefix_len, decode_config, chunk_config,
-            vector_config,
+            softmax_scale, alibi_slopes, window, k_scale, v_scale, prefix_groups, prefix_lens, max_prefix_len,
+            decode_config, chunk_config, vector_config,
         )  # fmt: skip
     if chosen == "flash":
         if k_scale is not None or v_scale is not None or k_cache.dtype.itemsize != 2:

@@ -2,9 +2,10 @@
 
 Decodes: one program per (sequence, span of SPLIT keys, key/value head) takes the head's whole query group in
 one tile and leaves a normalised partial output with its log-sum-exp; a second kernel merges the spans. Spans
-are cut at fixed positions, so a row's arithmetic depends on its own context alone. A prefix common to all
-decodes is read once: there the rows of a tile are the queries of many sequences, and its spans are merged like
-any others. Chunks (more than one query): tiles of queries times group heads against all keys, no split.
+are cut at fixed positions, so a row's arithmetic depends on its own context alone. A prefix common to a group of
+adjacent decodes is read once for the group: there the rows of a tile are the queries of many sequences, and its spans
+are merged like any others. Chunks (more than one query): tiles of queries times group heads against all keys, no
+split.
 """
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
 # pyright: reportAssignmentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
@@ -58,17 +59,18 @@ def finish_rows(
         store_rows(out_rows, acc2 * factor[:, None], rows_in, tl.arange(0, D2), D0 + D1, HEAD_DIM)
 
 
-@triton.jit(do_not_specialize=["table_stride", "num_kv_heads", "num_slots", "first_slot", "prefix_len", "window"])
+@triton.jit(do_not_specialize=["table_stride", "num_kv_heads", "num_slots", "first_slot", "window"])
 def decode_kernel(
-    q, k, v, page_table, context_lens, slopes, k_scales, v_scales, out, partial, partial_lse,
+    q, k, v, page_table, context_lens, prefix_lens, slopes, k_scales, v_scales, out, partial, partial_lse,
     q_stride, q_head, k_page, k_stride, k_head, v_page, v_stride, v_head, out_stride, out_head, table_stride,
-    num_kv_heads, num_slots, first_slot, prefix_len, window, scale,
+    num_kv_heads, num_slots, first_slot, window, scale,
     GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     D2: tl.constexpr,
     BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    HAS_ALIBI: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SCALE: tl.constexpr, DIRECT: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_PREFIX: tl.constexpr,
+    DIRECT: tl.constexpr,
 ):  # fmt: skip
-    """One span of one decode's context after the shared prefix. DIRECT: there is only one span, the output is
+    """One span of one decode's context after its shared prefix. DIRECT: there is only one span, the output is
     final.
     """
     program = tl.program_id(0)
@@ -76,7 +78,9 @@ def decode_kernel(
     span = (program // num_kv_heads) % (num_slots - first_slot)
     sequence = program // num_kv_heads // (num_slots - first_slot)
     context = tl.load(context_lens + sequence)
-    span_begin = prefix_len + span * SPLIT
+    span_begin = span * SPLIT
+    if HAS_PREFIX:
+        span_begin += tl.load(prefix_lens + sequence)
     span_end = tl.minimum(span_begin + SPLIT, context)
     if span_begin >= context:
         return
@@ -133,15 +137,16 @@ def decode_kernel(
         tl.store(partial_lse + slots, row_max + tl.math.log2(row_sum), mask=rows_in)
 
 
-@triton.jit(do_not_specialize=["table_stride", "num_kv_heads", "num_slots", "first_slot", "prefix_len", "window"])
+@triton.jit(do_not_specialize=["table_stride", "num_kv_heads", "num_slots", "first_slot", "window"])
 def vector_decode_kernel(
-    q, k, v, page_table, context_lens, slopes, k_scales, v_scales, out, partial, partial_lse,
+    q, k, v, page_table, context_lens, prefix_lens, slopes, k_scales, v_scales, out, partial, partial_lse,
     q_stride, q_head, k_page, k_stride, k_head, v_page, v_stride, v_head, out_stride, out_head, table_stride,
-    num_kv_heads, num_slots, first_slot, prefix_len, window, scale,
+    num_kv_heads, num_slots, first_slot, window, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     STAGES: tl.constexpr,
-    HAS_ALIBI: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SCALE: tl.constexpr, DIRECT: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_PREFIX: tl.constexpr,
+    DIRECT: tl.constexpr,
 ):  # fmt: skip
     """decode_kernel for one query head per key head and 8-bit pages: products on the vector units, straight from the
     registers the pages are loaded into. A matrix tile would be fifteen sixteenths empty, and its operands,
@@ -151,7 +156,9 @@ def vector_decode_kernel(
     span = (program // num_kv_heads) % (num_slots - first_slot)
     sequence = program // num_kv_heads // (num_slots - first_slot)
     context = tl.load(context_lens + sequence)
-    span_begin = prefix_len + span * SPLIT
+    span_begin = span * SPLIT
+    if HAS_PREFIX:
+        span_begin += tl.load(prefix_lens + sequence)
     span_end = tl.minimum(span_begin + SPLIT, context)
     if span_begin >= context:
         return
@@ -207,27 +214,36 @@ def vector_decode_kernel(
         tl.store(partial_lse + slot, row_max + tl.math.log2(row_sum))
 
 
-@triton.jit(do_not_specialize=["num_kv_heads", "num_slots", "num_decodes", "prefix_len", "window"])
+@triton.jit(do_not_specialize=["table_stride", "num_groups", "num_kv_heads", "num_slots", "num_spans", "window"])
 def prefix_kernel(
-    q, k, v, page_table, context_lens, slopes, k_scales, v_scales, partial, partial_lse,
-    q_stride, q_head, k_page, k_stride, k_head, v_page, v_stride, v_head,
-    num_kv_heads, num_slots, num_spans, num_decodes, prefix_len, window, scale,
+    q, k, v, page_table, context_lens, prefix_groups, prefix_lens, slopes, k_scales, v_scales, partial, partial_lse,
+    q_stride, q_head, k_page, k_stride, k_head, v_page, v_stride, v_head, table_stride,
+    num_groups, num_kv_heads, num_slots, num_spans, window, scale,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, PAGE_SIZE: tl.constexpr,
     HAS_ALIBI: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """One span of the shared prefix for a tile of (sequence, group head) rows; the first decode's page-table
-    row serves all.
+    """One span of a group's shared prefix for a tile of (member, group head) rows; the first member's page-table row
+    serves all.
     """
+    MEMBERS: tl.constexpr = BLOCK_M // GROUP
     program = tl.program_id(0)
     kv_head = program % num_kv_heads
     span = (program // num_kv_heads) % num_spans
     tile = program // num_kv_heads // num_spans
-    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    sequences = (row // GROUP).to(tl.int64)
+    _, group_start, num_members, first_member = locate_tile(prefix_groups, tile, num_groups, MEMBERS)
+    if (first_member >= num_members) | (first_member < 0):
+        return
+    prefix_len = tl.load(prefix_lens + group_start)
+    span_begin = span * SPLIT
+    if span_begin >= prefix_len:
+        return
+    row = tl.arange(0, BLOCK_M)
+    members = first_member + row // GROUP
+    rows_in = (members < num_members) & (row < MEMBERS * GROUP)
+    sequences = (group_start + members).to(tl.int64)
     heads = kv_head * GROUP + row % GROUP
-    rows_in = sequences < num_decodes
     q_rows = q + (sequences * q_stride + heads * q_head)[:, None]
     q0, q1, q2, acc0, acc1, acc2, row_sum, row_max = start_rows(q_rows, rows_in, HEAD_DIM, D0, D1, D2)
     positions = tl.load(context_lens + sequences, mask=rows_in, other=1) - 1
@@ -240,7 +256,7 @@ def prefix_kernel(
     if HAS_SCALE:
         scale = scale * tl.load(k_scales + kv_head)
         value_scale = tl.load(v_scales + kv_head)
-    span_begin = span * SPLIT
+    pages = page_table + group_start.to(tl.int64) * table_stride
     span_end = tl.minimum(span_begin + SPLIT, prefix_len)
     full_end = span_begin + (span_end - span_begin) // BLOCK_N * BLOCK_N
     if HAS_WINDOW:
@@ -249,14 +265,12 @@ def prefix_kernel(
     v_base = v + kv_head.to(tl.int64) * v_head
     acc0, acc1, acc2, row_sum, row_max = attend(
         acc0, acc1, acc2, row_sum, row_max, q0, q1, q2, positions, prefix_len, slope, k_base, v_base, k_stride,
-        v_stride,
-        page_table, k_page, v_page, span_begin, full_end, span_end, window, scale,
+        v_stride, pages, k_page, v_page, span_begin, full_end, span_end, window, scale,
         HEAD_DIM, D0, D1, D2, BLOCK_N, PAGE_SIZE, True, HAS_ALIBI, HAS_WINDOW, False,
     )  # fmt: skip
     acc0, acc1, acc2, row_sum, row_max = attend(
         acc0, acc1, acc2, row_sum, row_max, q0, q1, q2, positions, prefix_len, slope, k_base, v_base, k_stride,
-        v_stride,
-        page_table, k_page, v_page, full_end, span_end, span_end, window, scale,
+        v_stride, pages, k_page, v_page, full_end, span_end, span_end, window, scale,
         HEAD_DIM, D0, D1, D2, BLOCK_N, PAGE_SIZE, True, HAS_ALIBI, HAS_WINDOW, True,
     )  # fmt: skip
     log_sum = row_max + tl.math.log2(row_sum)
@@ -269,22 +283,27 @@ def prefix_kernel(
     tl.store(partial_lse + slots, log_sum, mask=rows_in)
 
 
-@triton.jit(do_not_specialize=["num_heads", "num_slots", "first_slot", "prefix_len"])
+@triton.jit(do_not_specialize=["num_heads", "num_slots", "first_slot"])
 def merge_kernel(
-    partial, partial_lse, context_lens, out, out_stride, out_head, num_heads, num_slots, first_slot, prefix_len,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
+    partial, partial_lse, context_lens, prefix_lens, out, out_stride, out_head, num_heads, num_slots, first_slot,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr, HAS_PREFIX: tl.constexpr,
 ):  # fmt: skip
     """Merges a row's spans, in order, weighted by their log-sum-exp."""
     sequence = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     context = tl.load(context_lens + sequence)
-    used = first_slot + (context - prefix_len + SPLIT - 1) // SPLIT
+    prefix_len = 0
+    if HAS_PREFIX:
+        prefix_len = tl.load(prefix_lens + sequence)
+    prefix_used = (prefix_len + SPLIT - 1) // SPLIT
+    used = prefix_used + (context - prefix_len + SPLIT - 1) // SPLIT
     dims = tl.arange(0, BLOCK_D)
     base = (sequence * num_heads + head) * num_slots
     total = tl.zeros([BLOCK_D], dtype=tl.float32)
     largest = float("-inf")
     weight_sum = 0.0
-    for slot in tl.range(0, used):
+    for number in tl.range(0, used):
+        slot = tl.where(number < prefix_used, number, first_slot + number - prefix_used)
         log_sum = tl.load(partial_lse + base + slot)
         part = tl.load(partial + (base + slot) * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0)
         new_largest = tl.maximum(largest, log_sum)
@@ -424,7 +443,9 @@ def launch_paged(
     window: int | None,
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
-    shared_prefix_len: int,
+    prefix_groups: torch.Tensor | None,
+    prefix_lens: torch.Tensor | None,
+    max_prefix_len: int,
     decode_config: Mapping[str, int],
     chunk_config: Mapping[str, int],
     vector_config: Mapping[str, int],
@@ -453,8 +474,10 @@ def launch_paged(
     if k_cache.dtype.itemsize == 1:
         constants |= padded_head_dim(head_dim)
     if num_decodes:
-        prefix_spans = triton.cdiv(shared_prefix_len, split)
-        spans = max(1, triton.cdiv(max_context_len - shared_prefix_len, split))
+        prefix_spans = triton.cdiv(max_prefix_len, split)
+        has_prefix = prefix_spans > 0
+        prefix_lens_ = prefix_lens if prefix_lens is not None else any_tensor
+        spans = triton.cdiv(max_context_len, split)
         num_slots = prefix_spans + spans
         direct = num_slots == 1
         if direct:
@@ -462,34 +485,39 @@ def launch_paged(
         else:
             partial = torch.empty((num_decodes, num_heads, num_slots, head_dim), dtype=torch.float32, device=q.device)
             partial_lse = torch.empty((num_decodes, num_heads, num_slots), dtype=torch.float32, device=q.device)
-        if prefix_spans:
-            tiles = triton.cdiv(num_decodes * group, chunk_config["BLOCK_M"])
-            prefix_kernel[(tiles * prefix_spans * num_kv_heads,)](
-                q, k_cache, v_cache, page_table, context_lens, slopes_, k_scale_, v_scale_, partial, partial_lse,
-                q.stride(0), q.stride(1), *cache_strides, num_kv_heads, num_slots, prefix_spans, num_decodes,
-                shared_prefix_len, window_, scale, SPLIT=split, **constants, **chunk_config,
+        if has_prefix:
+            assert prefix_groups is not None
+            num_groups = prefix_groups.shape[0] - 1
+            config = dict(chunk_config)
+            config["BLOCK_M"] = max(config["BLOCK_M"], triton.next_power_of_2(group))
+            num_tiles = num_decodes // (config["BLOCK_M"] // group) + num_groups
+            prefix_kernel[(num_tiles * prefix_spans * num_kv_heads,)](
+                q, k_cache, v_cache, page_table, context_lens, prefix_groups, prefix_lens_, slopes_, k_scale_,
+                v_scale_, partial, partial_lse, q.stride(0), q.stride(1), *cache_strides, page_table.stride(0),
+                num_groups, num_kv_heads, num_slots, prefix_spans, window_, scale, SPLIT=split, **constants, **config,
             )  # fmt: skip
         arguments = (
-            q, k_cache, v_cache, page_table, context_lens, slopes_, k_scale_, v_scale_, out, partial, partial_lse,
-            q.stride(0), q.stride(1), *cache_strides, out.stride(0), out.stride(1), page_table.stride(0),
-            num_kv_heads, num_slots, prefix_spans, shared_prefix_len, window_, scale,
+            q, k_cache, v_cache, page_table, context_lens, prefix_lens_, slopes_, k_scale_, v_scale_, out, partial,
+            partial_lse, q.stride(0), q.stride(1), *cache_strides, out.stride(0), out.stride(1), page_table.stride(0),
+            num_kv_heads, num_slots, prefix_spans, window_, scale,
         )  # fmt: skip
+        flags = {"HAS_PREFIX": has_prefix, "DIRECT": direct}
         grid = (num_decodes * spans * num_kv_heads,)
         if use_vector_kernel(group, k_cache.dtype):
             config = {
                 name: constants[name] for name in ("HEAD_DIM", "PAGE_SIZE", "HAS_ALIBI", "HAS_WINDOW", "HAS_SCALE")
             }
-            config |= {"BLOCK_D": triton.next_power_of_2(head_dim), "SPLIT": split, "DIRECT": direct}
+            config |= {"BLOCK_D": triton.next_power_of_2(head_dim), "SPLIT": split} | flags
             vector_decode_kernel[grid](*arguments, **config, **vector_config)
         else:
             rows = max(16, triton.next_power_of_2(group))
-            config = constants | padded_head_dim(head_dim) | {"ROWS": rows, "SPLIT": split, "DIRECT": direct}
+            config = constants | padded_head_dim(head_dim) | {"ROWS": rows, "SPLIT": split} | flags
             decode_kernel[grid](*arguments, **config, **decode_config)
         if not direct:
             merge_kernel[(num_decodes, num_heads)](
-                partial, partial_lse, context_lens, out, out.stride(0), out.stride(1), num_heads, num_slots,
-                prefix_spans, shared_prefix_len, HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim),
-                SPLIT=split, num_warps=2,
+                partial, partial_lse, context_lens, prefix_lens_, out, out.stride(0), out.stride(1), num_heads,
+                num_slots, prefix_spans, HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), SPLIT=split,
+                HAS_PREFIX=has_prefix, num_warps=2,
             )  # fmt: skip
     num_chunks = context_lens.shape[0] - num_decodes
     if num_chunks and num_tokens > num_decodes:

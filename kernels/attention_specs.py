@@ -145,7 +145,7 @@ def _prefill_bench() -> tuple[Case, ...]:
 def _signature(kernel: Any, constants: dict[str, Any], element: str, cache: str) -> tuple[dict[str, str], dict]:
     kinds = dict.fromkeys(("q", "out", "dout", "dq", "dk", "dv"), f"*{element}") | dict.fromkeys("kv", f"*{cache}")
     kinds |= dict.fromkeys(("lse", "delta", "slopes", "k_scales", "v_scales", "partial", "partial_lse"), "*fp32")
-    kinds |= dict.fromkeys(("starts", "page_table", "context_lens"), "*i32")
+    kinds |= dict.fromkeys(("starts", "page_table", "context_lens", "prefix_groups", "prefix_lens"), "*i32")
     kinds |= {"scale": "fp32", "softmax_scale": "fp32"}
     signature = {name: kinds.get(name, "i32") for name in kernel.arg_names if name not in constants}
     varying = ("stat_head", "lse_head", "table_stride")
@@ -242,8 +242,15 @@ PREFILL = KernelSpec(
 )
 
 
+def _firsts(groups: list[list[int]]) -> list[int]:
+    return [0, *accumulate(members for members, _ in groups)][:-1]
+
+
 def paged_inputs(case: Case, device: str, dtype: torch.dtype, seed: int) -> dict[str, Any]:
-    """Random pages in random order; pages that no sequence owns are NaN where the type has one."""
+    """Random pages in random order; pages that no sequence owns are NaN where the type has one.
+
+    "groups" lists [members, prefix tokens] of the decodes, in order.
+    """
     generator = torch.Generator().manual_seed(seed)
     contexts, queries = list(case["contexts"]), list(case.get("queries") or [1] * len(case["contexts"]))
     heads, kv_heads, head_dim, size = case["H"], case["K"], case["D"], case["S"]
@@ -252,12 +259,14 @@ def paged_inputs(case: Case, device: str, dtype: torch.dtype, seed: int) -> dict
     num_pages = sum(-(-context // size) for context in contexts) + 2
     order = torch.randperm(num_pages, generator=generator).tolist()
     table = torch.full((len(contexts), columns), 2**30, dtype=torch.int32)
-    prefix = case.get("prefix", 0)
     decodes = sum(1 for q in queries if q == 1) if case.get("decodes") is None else case["decodes"]
+    groups = case.get("groups", [])
+    first_member = [row for row, (members, _) in zip(_firsts(groups), groups, strict=True) for _ in range(members)]
+    prefixes = [prefix for members, prefix in groups for _ in range(members)]
     for row, context in enumerate(contexts):
         for column in range(-(-context // size)):
-            shared = 0 < row < decodes and (column + 1) * size <= prefix
-            table[row, column] = table[0, column] if shared else order.pop()
+            shared = row < len(prefixes) and first_member[row] < row and (column + 1) * size <= prefixes[row]
+            table[row, column] = table[first_member[row], column] if shared else order.pop()
 
     quantised = cache_dtype in (torch.int8, torch.float8_e4m3fn)
     generator_device = torch.Generator(device).manual_seed(seed)
@@ -273,12 +282,12 @@ def paged_inputs(case: Case, device: str, dtype: torch.dtype, seed: int) -> dict
         return values
 
     k_cache, v_cache = pages(), pages()
-    if prefix % size:  # a partly shared page is each sequence's own copy
-        for row in range(1, decodes):
-            column, used = prefix // size, prefix % size
-            for cache in (k_cache, v_cache):
-                cache[int(table[row, column]), :used] = cache[int(table[0, column]), :used]
     scales = torch.rand((2, kv_heads), generator=generator).mul_(0.02).add_(0.02).to(device)
+    sharing: dict[str, Any] = {}
+    if groups:
+        sharing["prefix_groups"] = _starts([members for members, _ in groups], device)
+        sharing["prefix_lens"] = torch.tensor(prefixes, dtype=torch.int32, device=device)
+        sharing["max_prefix_len"] = max(prefixes)
     return {
         "q": torch.randn((sum(queries), heads, head_dim), generator=generator).to(device, dtype),
         "k_cache": k_cache,
@@ -294,7 +303,7 @@ def paged_inputs(case: Case, device: str, dtype: torch.dtype, seed: int) -> dict
         "window": case.get("window"),
         "k_scale": scales[0] if quantised else None,
         "v_scale": scales[1] if quantised else None,
-        "shared_prefix_len": prefix,
+        **sharing,
     }
 
 
@@ -311,9 +320,9 @@ def _paged_bytes(case: Case) -> int:
     """Keys and values once (a shared prefix once for all), queries and outputs."""
     case = _expand(case)
     width = CACHE_DTYPES.get(case.get("cache", ""), torch.bfloat16).itemsize
-    prefix, contexts = case.get("prefix", 0), case["contexts"]
-    tokens = prefix + sum(context - prefix for context in contexts)
-    queries = sum(case.get("queries") or [1] * len(contexts))
+    shared = sum((members - 1) * prefix for members, prefix in case.get("groups", []) if members)
+    tokens = sum(case["contexts"]) - shared
+    queries = sum(case.get("queries") or [1] * len(case["contexts"]))
     return 2 * width * tokens * case["K"] * case["D"] + 4 * queries * case["H"] * case["D"]
 
 
@@ -338,9 +347,14 @@ def _paged_bench() -> tuple[Case, ...]:
     for model in ("MPT-30B", "Llama-8B", "SmolLM2-135M"):
         cases.append({"model": model, "B": 64, "L": 2048, "S": 64, "check_at": small, **MODELS[model]})
     cases.append(
-        {"model": "MPT-7B shared prefix", "B": 64, "L": 2048, "S": 64, "prefix": 1536}
-        | {"check_at": {"B": 3, "L": 700, "contexts": [700, 650, 600], "decodes": 3, "prefix": 512}}
+        {"model": "MPT-7B shared prefix", "B": 64, "L": 2048, "S": 64, "groups": [[64, 1536]]}
+        | {"check_at": {"B": 3, "L": 700, "contexts": [700, 650, 600], "decodes": 3, "groups": [[3, 512]]}}
         | MODELS["MPT-7B"]
+    )
+    grouped = {"B": 64, "L": 1536, "S": 64, "groups": [[4, 1024]] * 16}
+    small_groups = {"contexts": [700, 650, 600, 90, 300], "decodes": 5, "groups": [[2, 640], [2, 64], [1, 0]]}
+    cases.append(
+        {"model": "MPT-7B 16 groups", **grouped, "check_at": {"B": 5, "L": 700, **small_groups}, **MODELS["MPT-7B"]}
     )
     chunk = {"contexts": [6144, 4096], "queries": [2048, 2048], "decodes": 0, "S": 64}
     chunk |= {"check_at": {"contexts": [700, 300], "queries": [300, 290]}}
@@ -364,7 +378,8 @@ def _paged_compile_cases(target: int) -> list[CompileCase]:
             continue
         d0, d1, d2 = split_head_dim(head_dim)
         constants = {"GROUP": group, "HEAD_DIM": head_dim, "D0": d0, "D1": d1, "D2": d2, "PAGE_SIZE": 16}
-        constants |= {"HAS_ALIBI": True, "HAS_WINDOW": False, "HAS_SCALE": cache != "bf16", "DIRECT": False}
+        constants |= {"HAS_ALIBI": True, "HAS_WINDOW": False, "HAS_SCALE": cache != "bf16"}
+        constants |= {"HAS_PREFIX": True, "DIRECT": False}
         constants |= {"ROWS": 16, "SPLIT": paged.SPLIT_KEYS, "BLOCK_D": 64 if head_dim == 64 else 128}
         chunk = paged.default_chunk_config(head_dim, 2, target)
         name = f"d{head_dim} {cache}"
@@ -394,8 +409,10 @@ PAGED = KernelSpec(
         {"contexts": [15, 16, 17, 600], "H": 4, "K": 2, "D": 32, "S": 16, "alibi": True},
         {"contexts": [40, 33, 64, 20], "queries": [1, 1, 30, 20], "H": 3, "K": 1, "D": 112, "S": 32, "alibi": True},
         {"contexts": [70, 530, 90], "queries": [1, 1, 50], "H": 2, "K": 2, "D": 64, "S": 16, "window": 40},
-        {"contexts": [100, 90, 80], "H": 6, "K": 2, "D": 32, "S": 16, "prefix": 70, "alibi": True},
-        {"contexts": [540, 525], "H": 2, "K": 1, "D": 16, "S": 64, "prefix": 520, "window": 30},
+        {"contexts": [100, 90, 80], "H": 6, "K": 2, "D": 32, "S": 16, "groups": [[3, 64]], "alibi": True},
+        {"contexts": [580, 585], "H": 2, "K": 1, "D": 16, "S": 64, "groups": [[2, 576]], "window": 30},
+        {"contexts": [700, 660, 9, 50, 70, 1], "H": 6, "K": 2, "D": 32, "S": 16, "alibi": True}
+        | {"groups": [[2, 656], [1, 0], [0, 0], [2, 32], [1, 0]]},
         {"contexts": [80, 40], "queries": [1, 9], "H": 4, "K": 4, "D": 40, "S": 256, "cache": "int8"},
     ),
     bench_cases=_paged_bench(),

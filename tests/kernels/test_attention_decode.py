@@ -9,7 +9,8 @@ FP8 = {"contexts": [80, 40, 19], "queries": [1, 1, 9], "H": 8, "K": 2, "D": 112,
 BIG = (
     {"contexts": [700, 1500, 513, 512], "H": 4, "K": 4, "D": 128, "S": 16, "alibi": True},
     {"contexts": [1500, 700], "queries": [1, 300], "H": 8, "K": 2, "D": 128, "S": 64},
-    {"contexts": [900, 800, 1025], "H": 4, "K": 2, "D": 128, "S": 256, "prefix": 700, "alibi": True},
+    {"contexts": [900, 800, 1025], "H": 4, "K": 2, "D": 128, "S": 256, "groups": [[2, 768], [1, 0]], "alibi": True},
+    {"contexts": [700] * 40 + [90] * 3, "H": 8, "K": 2, "D": 64, "S": 16, "groups": [[33, 640], [7, 48], [3, 80]]},
     {**FP8, "contexts": [700, 513, 300]},
     {"contexts": [700, 513, 300], "H": 4, "K": 4, "D": 128, "S": 64, "cache": "fp8"},
     {"contexts": [700, 513, 300], "H": 4, "K": 4, "D": 128, "S": 64, "cache": "int8", "alibi": True},
@@ -35,7 +36,7 @@ def test_on_the_device(case, dtype):
 @pytest.mark.parametrize("head_dim", [16, 48, 64, 112, 128])
 def test_sweep(page_size, heads, head_dim):
     around = [page_size - 1, page_size, page_size + 1, 1, 511, 512, 513]
-    for extra in ({"alibi": True}, {"window": 33}, {"prefix": 0, "queries": [1, 1, 1, 1, 1, 13, 77]}):
+    for extra in ({"alibi": True}, {"window": 33}, {"queries": [1, 1, 1, 1, 1, 13, 77]}):
         case = {"contexts": around, "H": heads[0], "K": heads[1], "D": head_dim, "S": page_size, **extra}
         for dtype in (torch.float32, torch.float16):
             prove(PAGED, case, dtype)
@@ -69,13 +70,43 @@ def test_any_span_gives_the_same_answer(split, monkeypatch):
         assert_as_good(attention_paged(**inputs, backend="triton"), reference, truth)
 
 
-def test_a_shared_prefix_changes_nothing_but_rounding():
-    case = {"contexts": [100, 90, 80, 120], "queries": [1, 1, 1, 30], "decodes": 3, "H": 4, "K": 2, "D": 32, "S": 16}
-    inputs = paged_inputs(case | {"prefix": 48, "alibi": True}, "cpu", torch.float32, 8)
+GROUPS = [[[3, 48]], [[1, 0], [2, 80]], [[2, 64], [1, 0]], [[0, 0], [3, 32], [0, 0]]]
+
+
+@pytest.mark.parametrize("groups", GROUPS, ids=str)
+def test_a_shared_prefix_changes_nothing_but_rounding(groups):
+    case = {"contexts": [100, 90, 81, 120], "queries": [1, 1, 1, 30], "decodes": 3, "H": 4, "K": 2, "D": 32, "S": 16}
+    inputs = paged_inputs(case | {"groups": groups, "alibi": True}, "cpu", torch.float32, 8)
     shared = attention_paged(**inputs, backend="triton")
-    separate = attention_paged(**(inputs | {"shared_prefix_len": 0}), backend="triton")
+    separate = attention_paged(**(inputs | {"max_prefix_len": 0}), backend="triton")
     torch.testing.assert_close(shared, separate, atol=1e-6, rtol=1e-5)
     assert torch.equal(shared[3:], separate[3:])
+
+
+def test_a_group_of_more_rows_than_a_tile():
+    case = {"contexts": [50 + n for n in range(40)], "H": 6, "K": 2, "D": 16, "S": 16, "groups": [[37, 48], [3, 32]]}
+    prove(PAGED, case, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_prefix_len": 100}, "max_prefix_len is 100; allowed: 0 to 99"),
+        ({"prefix_groups": None}, "prefix_groups is None"),
+        ({"prefix_groups": torch.tensor([0, 3])}, "prefix_groups is torch.int64"),
+        ({"prefix_lens": torch.zeros(2, dtype=torch.int32)}, "prefix_lens is"),
+        ({"prefix_groups": torch.tensor([0, 2], dtype=torch.int32)}, "rising from 0 to num_decodes, 3"),
+        ({"prefix_lens": torch.tensor([48, 48, 32], dtype=torch.int32)}, "one length in each group"),
+        ({"prefix_lens": torch.tensor([40] * 3, dtype=torch.int32)}, "whole pages of 16"),
+        ({"prefix_lens": torch.tensor([64] * 3, dtype=torch.int32)}, "at most max_prefix_len"),
+        ({"context_lens": torch.tensor([100, 48, 81], dtype=torch.int32)}, "less than the context"),
+        ({"page_table": torch.arange(24, dtype=torch.int32).view(3, 8)}, "page_table is different in decodes 0 to 2"),
+    ],
+)
+def test_wrong_groups_are_named(change, message):
+    case = {"contexts": [100, 90, 81], "H": 4, "K": 2, "D": 32, "S": 16, "groups": [[3, 48]]}
+    with pytest.raises(ValueError, match=message):
+        attention_paged(**(PAGED.make_inputs(case, "cpu", torch.float32, 0) | change))
 
 
 GOOD = {"contexts": [20, 33, 40], "queries": [1, 1, 5], "H": 4, "K": 2, "D": 32, "S": 16}
@@ -92,7 +123,6 @@ GOOD = {"contexts": [20, 33, 40], "queries": [1, 1, 5], "H": 4, "K": 2, "D": 32,
         ({"num_decodes": 4}, "argument num_decodes is 4"),
         ({"max_context_len": 10**6}, "argument max_context_len is 1000000"),
         ({"max_context_len": 30}, "argument context_lens is 33 for sequence 1"),
-        ({"shared_prefix_len": 30}, "more than shared_prefix_len 30"),
         ({"k_scale": torch.ones(3)}, "argument k_scale is"),
         ({"backend": "flash"}, "backend 'flash'"),
     ],
