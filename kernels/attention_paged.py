@@ -425,6 +425,8 @@ def default_chunk_config(head_dim: int, element_bytes: int, target: int = 80, ca
         return tiles(64, 32, 8, 2)
     if target < 90 and head_dim > 64:
         return tiles(64, 32, 4, 2)
+    if target >= 100 and head_dim & (head_dim - 1):
+        return tiles(64, 64, 4, 2)  # a third stage spills
     return tiles(64, 64, 4, 3)
 
 
