@@ -7,6 +7,7 @@ and the peer take turns, and medians are reported. ``--suite gpu`` runs random w
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import statistics
@@ -157,7 +158,7 @@ def floor_seconds(generator: Generator, workload: Workload, cached_tokens: int) 
     measured = ceilings()
     rate, bandwidth = measured["gemm_tflop_s"], measured["copy_gb_s"]
     config, element = generator.model.config, generator.model.dtype.itemsize
-    per_token = sum(a.linear.weight.numel() for a in generator.model.adaptable)
+    per_token = sum(math.prod(a.linear.weight.shape) for a in generator.model.adaptable)
     head = config.vocab_size * config.hidden_size
     prompt = workload.prompt_tokens - cached_tokens
     new = len(workload.prompts) * workload.new_tokens

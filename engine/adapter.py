@@ -28,6 +28,7 @@ from ..kernels.lora_linear import lora_grouped_add_
 from .batch import Batch
 from .linear import Linear
 from .model import AdaptedLinear, Model
+from .quantize import linear_path, quantize_weight
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -165,15 +166,25 @@ def save_part_matrices(
 
 @torch.no_grad()
 def merge_adapter(model: Model, adapter: Adapter) -> None:
-    """Adds the adapter to the model's weights, in fp32 and rounded once. There is no way back but loading anew."""
+    """Adds the adapter to the model's weights, in fp32 and rounded once. There is no way back but loading anew.
+
+    A quantised weight is dequantised, added to and quantised in its format anew, which rounds a second time: in four
+    bits by more than a small update may be. An adapter beside the weights (`AdapterPool`) loses nothing, nor does one
+    merged into the dense model before that is quantised.
+    """
     for adapted in model.adaptable:
         pair = adapter.matrices.get((adapted.layer_id, adapted.name))
         if pair is None:
             continue
         linear, (a, b) = adapted.linear, pair
         a, b = a.to(model.device), b.to(model.device)
-        weight = torch.addmm(linear.weight.float(), b, a, alpha=adapter.scaling).to(linear.weight.dtype)
-        linear.replace(weight, linear.bias)
+        merged = torch.addmm(linear.dense(torch.float32).float(), b, a, alpha=adapter.scaling)
+        if isinstance(linear.weight, torch.Tensor):
+            linear.replace(merged.to(linear.weight.dtype), linear.bias)
+        else:
+            assert model.quantization is not None
+            path = linear_path(adapted.layer_id, adapted.name)
+            linear.replace(quantize_weight(merged, model.quantization.format, path), linear.bias)
 
 
 class AdapterPool:

@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -23,6 +24,7 @@ from specialize.errors import InputError
 from .config import ModelConfig, read_json
 from .gguf import GGUFFile
 from .layout import expected_tensors
+from .quantize import PREFIX, Quantization, QuantizedView, check_shapes, quantization_of
 from .tokenizer import tokenizer_from_gguf
 from .weights import SafetensorsFolder, check_tensors
 
@@ -84,16 +86,18 @@ def convert(
     target: str | Path,
     *,
     dtype: torch.dtype | None = None,
+    quantize: str | Quantization | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     on_tensor: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Writes a model folder with safetensors from one with ``.bin`` or safetensors files, or from a ``.gguf`` file.
 
-    ``dtype`` casts the weights; those of GGUF files are dequantised to fp32 unless it says otherwise.
+    ``dtype`` casts the weights; those of GGUF files are dequantised to fp32 unless it says otherwise. ``quantize``
+    (`quantize.CHOICES`) quantises the layers' linear weights from the values of the source; the rest is as without.
     ``on_tensor(done_bytes, total_bytes)`` reports progress. Raises InputError where the source is not a whole, known
     model, the target exists, or the disk has too little room.
     """
-    source = Path(source)
+    source, quantization = Path(source), Quantization.parse(quantize)
     if source.suffix == ".gguf":
         file = GGUFFile(source)
         config = file.config
@@ -104,23 +108,33 @@ def convert(
         raw["dtype"] = str(dtype or torch.float32).removeprefix("torch.")
 
         def companions(folder: Path) -> None:
-            (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+            _write_config(folder, raw, quantization)
             tokenizer.save(folder)
 
         tensors: Mapping[str, torch.Tensor] = file
         itemsizes = dict.fromkeys(file, 4)
     else:
         config = ModelConfig.from_folder(source)
+        stored = quantization_of(read_json(source / "config.json"), str(source / "config.json"))
+        if stored is not None:
+            raise InputError(f"{source}: its weights are {stored} already; start from the folder it was made from")
         reader = SafetensorsFolder(source) if any(source.glob("*.safetensors")) else BinFolder(source)
         check_tensors({n: s for n, s in reader.shapes.items() if not n.endswith(".inv_freq")}, config, str(source))
         tensors, itemsizes = reader, {name: reader[name].itemsize for name in expected_tensors(config)}
 
         def companions(folder: Path) -> None:
             _copy_companions(source, folder, dtype)
+            if quantization is not None:
+                _write_config(folder, read_json(folder / "config.json"), quantization)
 
-    sizes = {}
-    for name, shape in expected_tensors(config).items():
-        sizes[name] = math.prod(shape) * (dtype.itemsize if dtype is not None else itemsizes[name])
+    if dtype is not None:
+        itemsizes = dict.fromkeys(itemsizes, dtype.itemsize)
+    if quantization is not None:
+        check_shapes(config, quantization, str(source))
+        tensors = QuantizedView(config, tensors, quantization, str(source))
+        sizes = tensors.sizes(itemsizes)
+    else:
+        sizes = {name: math.prod(shape) * itemsizes[name] for name, shape in expected_tensors(config).items()}
     return write_folder(
         target, tensors, sizes, companions, dtype=dtype, max_shard_bytes=max_shard_bytes, on_tensor=on_tensor
     )
@@ -158,7 +172,8 @@ def write_folder(
             content = {}
             for name, size in shard:
                 tensor = tensors[name]
-                content[name] = tensor.to(dtype or tensor.dtype).contiguous().clone()
+                kept = tensor.dtype if dtype is None or name.startswith(PREFIX) else dtype
+                content[name] = tensor.to(kept).contiguous().clone()
                 weight_map[name] = file_name
                 done += size
                 if on_tensor is not None:
@@ -190,6 +205,12 @@ def _plan(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[tuple[str
         shards[-1].append((name, size))
         room -= size
     return shards
+
+
+def _write_config(folder: Path, raw: dict[str, Any], quantization: Quantization | None) -> None:
+    if quantization is not None:
+        raw = {**raw, "quantization_config": quantization.to_dict()}
+    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
 
 
 def _copy_companions(source: Path, target: Path, dtype: torch.dtype | None) -> None:

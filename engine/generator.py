@@ -109,12 +109,16 @@ class Generator:
         config: EngineConfig | None = None,
         adapters: Mapping[str, str | Path] | None = None,
         merge: str | Path | None = None,
+        quantize: str | None = None,
     ) -> Generator:
-        """Loads a model folder or GGUF file with its tokenizer. ``merge`` is an adapter folder added to the weights."""
+        """Loads a model folder or GGUF file with its tokenizer. ``merge`` is an adapter folder added to the weights,
+        ``quantize`` a format for them (`quantize.CHOICES`)."""
         from .tokenizer import Tokenizer
 
         device = choose_device(device)
-        model = Model.from_pretrained(path, dtype=choose_dtype(dtype, device), device=device, inference=True)
+        model = Model.from_pretrained(
+            path, dtype=choose_dtype(dtype, device), device=device, inference=True, quantize=quantize
+        )
         tokenizer = Tokenizer.from_pretrained(path)
         tokenizer.check_vocabulary(model.config)
         if merge is not None:

@@ -1,4 +1,4 @@
-"""A frozen linear layer: weights, and on a CPU a second copy of them in blocked order for few rows."""
+"""A frozen linear layer: weights, dense or quantised, and on a CPU a second copy of them in blocked order."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import torch.nn.functional as F
 
 from ..kernels import cpu_linear
 from ..kernels.activation import swiglu
+from ..kernels.quantized_linear import QuantizedWeight, dequantize, quantized_linear
 
 
 class Linear:
     """``y = x W^T + b`` with W ``[out, in]``. Change the weights through `replace` only: packed copies depend on them.
+
+    Differentiable in x; a quantised weight is dequantised anew for the backward pass, layer by layer.
 
     With ``prepack`` a bf16 CPU layer keeps, from the first small batch on, a blocked copy: for AMX tiles by our own
     twin, else by oneDNN. Up to ``PACKED_ROWS`` rows it is 1.3 to 2 times faster than the plain layout, above that
@@ -23,11 +26,13 @@ class Linear:
 
     __slots__ = ("_gated", "_packed", "bias", "prepack", "weight")
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, prepack: bool = False) -> None:
+    def __init__(
+        self, weight: torch.Tensor | QuantizedWeight, bias: torch.Tensor | None = None, *, prepack: bool = False
+    ) -> None:
         self.prepack = prepack
         self.replace(weight, bias)
 
-    def replace(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def replace(self, weight: torch.Tensor | QuantizedWeight, bias: torch.Tensor | None) -> None:
         """Takes new weights in place of the old ones."""
         self.weight, self.bias = weight, bias
         self._packed: Any | None = None
@@ -42,10 +47,16 @@ class Linear:
     def out_features(self) -> int:
         return self.weight.shape[0]
 
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight [out, in]: as it is, or dequantised to ``dtype``."""
+        return dequantize(self.weight, dtype)
+
     def _is_small(self, x: torch.Tensor) -> bool:
         return self.prepack and 0 < x.shape[0] <= self.PACKED_ROWS and not torch.is_grad_enabled()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if not isinstance(self.weight, torch.Tensor):
+            return quantized_linear(x, self.weight, self.bias)
         if not self._is_small(x):
             return F.linear(x, self.weight, self.bias)
         if cpu_linear.available():
@@ -58,17 +69,18 @@ class Linear:
 
     def swiglu(self, x: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
         """``silu(gate) * up`` of a layer whose rows are [gate; up]: [T, in] -> [T, out / 2]."""
-        if backend is None and self._is_small(x) and cpu_linear.available():
+        if backend is None and isinstance(self.weight, torch.Tensor) and self._is_small(x) and cpu_linear.available():
             if self._gated is None:
                 self._gated = cpu_linear.PackedLinear(self.weight, self.bias, gated=True)
             return self._gated(x)
         return swiglu(self(x), backend=backend)
 
 
-def can_prepack(weight: torch.Tensor) -> bool:
+def can_prepack(weight: torch.Tensor | QuantizedWeight) -> bool:
     """Whether a packed bf16 product exists on this machine for this weight."""
     return (
-        weight.device.type == "cpu"
+        isinstance(weight, torch.Tensor)
+        and weight.device.type == "cpu"
         and weight.dtype == torch.bfloat16
         and torch.backends.mkldnn.is_available()
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -22,6 +22,7 @@ from ..kernels.attention_prefill import alibi_slopes, attention_prefill
 from ..kernels.cpu import keep_freed_memory
 from ..kernels.kv_write import kv_write
 from ..kernels.layernorm import layernorm
+from ..kernels.quantized_linear import QuantizedWeight, dequantize
 from ..kernels.rmsnorm import rmsnorm
 from ..kernels.rope import rope
 from .batch import Batch
@@ -36,10 +37,21 @@ from .layout import (
     LinearPart,
     layer_linears,
     layer_norms,
-    num_parameters,
     top_path,
 )
 from .linear import Linear
+from .quantize import (
+    HEAD_PATH,
+    Quantization,
+    agree,
+    check_shapes,
+    linear_path,
+    quantize_weight,
+    quantized_bytes,
+    read_weight,
+    stack,
+    stored_quantization,
+)
 from .rope_tables import rope_tables
 from .weights import RandomTensors, open_checkpoint
 
@@ -94,14 +106,21 @@ class Model:
         device: torch.device | str = "cpu",
         inference: bool = True,
         backend: str | None = None,
+        quantization: Quantization | None = None,
     ) -> None:
-        """Takes tensors by checkpoint name (`layout.expected_tensors`). ``inference`` allows packed weight copies."""
+        """Takes tensors by checkpoint name (`layout.expected_tensors`, or those of a quantised folder).
+
+        ``inference`` allows packed weight copies. With ``quantization`` the layers' matrices are held quantised: read
+        as they are stored, or quantised from dense tensors, one matrix at a time.
+        """
+        check_shapes(config, quantization, "quantize")
+        self.quantization = quantization
         self.config, self.dtype, self.device, self.backend = config, dtype, torch.device(device), backend
         self._prepack = inference and self.device.type == "cpu" and dtype == torch.bfloat16
         if self.device.type == "cpu":
             keep_freed_memory()
             # Packed copies double the weights; they are for machines with room to spare.
-            self._prepack &= num_parameters(config) * dtype.itemsize < available_memory_bytes(self.device) / 4
+            self._prepack &= quantized_bytes(config, quantization, dtype) < available_memory_bytes(self.device) / 4
 
         def take(name: str) -> torch.Tensor:
             return tensors[name].to(device=self.device, dtype=dtype)
@@ -119,7 +138,7 @@ class Model:
             norms = {name: take_norm(path) for name, (path, _) in layer_norms(config, layer_id).items()}
             linears = []
             for fused in layer_linears(config, layer_id):
-                linear = self._fuse(fused, tensors)
+                linear = self._fuse(fused, layer_id, tensors)
                 linears.append(linear)
                 self._adaptable.append(AdaptedLinear(layer_id, fused.name, linear, fused.parts))
             qkv, o, up, down = linears
@@ -138,8 +157,7 @@ class Model:
             self.layers.append(layer)
         self._up_name = "up" if config.mlp == "gelu" else "gate_up"
         self.final_norm = take_norm(top_path(config, FINAL_NORM))
-        head = self.embedding if config.tied_embeddings else take(top_path(config, HEAD) + ".weight")
-        self.head = Linear(head, prepack=self._prepack)
+        self.head = self._head(tensors, inference)
         self.slopes = (
             alibi_slopes(config.num_heads, config.alibi_bias_max).to(self.device)
             if config.position == "alibi"
@@ -147,9 +165,14 @@ class Model:
         )
         self.cos, self.sin = rope_tables(config, self.device) if config.position == "rope" else (None, None)
 
-    def _fuse(self, fused: FusedLinear, tensors: Mapping[str, torch.Tensor]) -> Linear:
+    def _fuse(self, fused: FusedLinear, layer_id: int, tensors: Mapping[str, torch.Tensor]) -> Linear:
         """Stacks the checkpoint's matrices along their rows; the only copy made of them."""
         place = {"dtype": self.dtype, "device": self.device}
+        if self.quantization is not None:
+            biases = [tensors[part.path + ".bias"].to(**place) for part in fused.parts] if fused.has_bias else []
+            sources = [part.path + ".weight" for part in fused.parts]
+            quantized = self._quantized(linear_path(layer_id, fused.name), sources, tensors, self.quantization.format)
+            return Linear(quantized, stack(biases) if biases else None, prepack=self._prepack)
         if len(fused.parts) == 1:
             path = fused.parts[0].path
             weight = tensors[path + ".weight"].to(**place)
@@ -163,6 +186,27 @@ class Model:
                     bias[part.start : part.stop].copy_(tensors[part.path + ".bias"])
         return Linear(weight, bias, prepack=self._prepack)
 
+    def _quantized(
+        self, path: str, sources: list[str], tensors: Mapping[str, torch.Tensor], format_name: str
+    ) -> QuantizedWeight:
+        """The matrix stored quantised under ``path``, else made from the dense tensors named by ``sources``."""
+        if sources[0] not in tensors:
+            return read_weight(tensors, path, format_name, path).to(self.device)
+        return quantize_weight(stack([tensors[name].to(self.device) for name in sources]), format_name, path)
+
+    def _head(self, tensors: Mapping[str, torch.Tensor], inference: bool) -> Linear:
+        """The output projection: quantised where asked for, but dense in training, whose loss reads it in pieces."""
+        c = self.config
+        if self.quantization is not None and self.quantization.head and (inference or not c.tied_embeddings):
+            source = top_path(c, EMBEDDING if c.tied_embeddings else HEAD) + ".weight"
+            weight = self._quantized(HEAD_PATH, [source], tensors, self.quantization.head_format)
+            if inference:
+                return Linear(weight, prepack=self._prepack)
+            return Linear(dequantize(weight, self.dtype))
+        if c.tied_embeddings:
+            return Linear(self.embedding, prepack=self._prepack)
+        return Linear(tensors[top_path(c, HEAD) + ".weight"].to(self.device, self.dtype), prepack=self._prepack)
+
     @staticmethod
     def from_pretrained(
         path: str | Path,
@@ -171,10 +215,18 @@ class Model:
         device: torch.device | str = "cpu",
         inference: bool = True,
         backend: str | None = None,
+        quantize: str | Quantization | None = None,
     ) -> Model:
-        """Reads a Hugging Face folder or a ``.gguf`` file. Raises InputError where it is not a whole, known model."""
+        """Reads a Hugging Face folder or a ``.gguf`` file. Raises InputError where it is not a whole, known model.
+
+        ``quantize`` ("int8", "nf4+head", … see `quantize.CHOICES`) quantises dense weights on the way; a folder of
+        quantised weights needs no word about it.
+        """
+        quantization = agree(Quantization.parse(quantize), stored_quantization(path), path)
         config, tensors = open_checkpoint(path)
-        return Model(config, tensors, dtype=dtype, device=device, inference=inference, backend=backend)
+        return Model(
+            config, tensors, dtype=dtype, device=device, inference=inference, backend=backend, quantization=quantization
+        )
 
     @staticmethod
     def random(
@@ -186,10 +238,13 @@ class Model:
         inference: bool = True,
         backend: str | None = None,
         std: float = 0.02,
+        quantize: str | Quantization | None = None,
     ) -> Model:
         """A model with random weights, for tests and benchmarks."""
-        tensors = RandomTensors(config, seed, device, std)
-        return Model(config, tensors, dtype=dtype, device=device, inference=inference, backend=backend)
+        tensors, quantization = RandomTensors(config, seed, device, std), Quantization.parse(quantize)
+        return Model(
+            config, tensors, dtype=dtype, device=device, inference=inference, backend=backend, quantization=quantization
+        )
 
     @property
     def adaptable(self) -> tuple[AdaptedLinear, ...]:
@@ -198,11 +253,17 @@ class Model:
 
     @property
     def head_weight(self) -> torch.Tensor:
-        """Output projection [V, C], the embedding matrix where the two are tied."""
-        return self.head.weight
+        """Output projection [V, C] in the model's dtype, the embedding matrix where the two are tied."""
+        return self.embedding if self.config.tied_embeddings else self.head.dense(self.dtype)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights as they are held; packed copies not counted."""
+        return quantized_bytes(self.config, self.quantization, self.dtype)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Weights under their checkpoint names, as views: what a writer of checkpoints needs."""
+        """Weights under their checkpoint names, what a writer of checkpoints needs: views, or dense copies of quantised
+        ones."""
         c = self.config
 
         def norm(path: str, value: Norm) -> Iterator[tuple[str, torch.Tensor]]:
@@ -217,13 +278,14 @@ class Model:
             for name, (path, _) in layer_norms(c, layer.layer_id).items():
                 yield from norm(path, getattr(layer, name))
         for adapted in self._adaptable:
+            weight = adapted.linear.dense(self.dtype)
             for part in adapted.parts:
-                yield part.path + ".weight", adapted.linear.weight[part.start : part.stop]
+                yield part.path + ".weight", weight[part.start : part.stop]
                 if adapted.linear.bias is not None:
                     yield part.path + ".bias", adapted.linear.bias[part.start : part.stop]
         yield from norm(top_path(c, FINAL_NORM), self.final_norm)
         if not c.tied_embeddings:
-            yield top_path(c, HEAD) + ".weight", self.head.weight
+            yield top_path(c, HEAD) + ".weight", self.head_weight
 
     def forward(
         self,

@@ -17,10 +17,12 @@ from specialize.errors import InputError
 
 from .config import ModelConfig, read_json
 from .layout import EMBEDDING, HEAD, expected_tensors, top_path
+from .quantize import PREFIX, quantized_tensors, stored_quantization
 
 # Buffers that older exporters wrote beside the weights; they follow from the config.
 _DERIVED = re.compile(r"(\.rotary_emb\.inv_freq|\.attn\.(masked_)?bias|\.attn_bias|\.position_ids)$")
 _FLOATS = {"F64", "F32", "F16", "BF16"}
+_QUANTIZED = {"I8", "U8", "F8_E4M3", "F32"}
 
 
 class SafetensorsFolder(Mapping[str, torch.Tensor]):
@@ -64,9 +66,10 @@ class SafetensorsFolder(Mapping[str, torch.Tensor]):
                 view = handle.get_slice(name)
                 if _DERIVED.search(name):
                     continue
-                if view.get_dtype() not in _FLOATS:
+                allowed = _QUANTIZED if name.startswith(PREFIX) else _FLOATS
+                if view.get_dtype() not in allowed:
                     raise InputError(
-                        f"{file}: tensor {name} has type {view.get_dtype()}; allowed: {', '.join(sorted(_FLOATS))}"
+                        f"{file}: tensor {name} has type {view.get_dtype()}; allowed: {', '.join(sorted(allowed))}"
                     )
                 if name in self._files:
                     raise InputError(f"{file}: tensor {name} is in {self._files[name].name} as well")
@@ -107,9 +110,17 @@ class RandomTensors(Mapping[str, torch.Tensor]):
         return len(self.shapes)
 
 
-def check_tensors(found: Mapping[str, tuple[int, ...]], config: ModelConfig, source: str) -> None:
-    """Raises InputError naming tensors that are missing, surplus, or of another shape than the config says."""
-    expected = expected_tensors(config)
+def check_tensors(
+    found: Mapping[str, tuple[int, ...]],
+    config: ModelConfig,
+    source: str,
+    expected: Mapping[str, tuple[int, ...]] | None = None,
+) -> None:
+    """Raises InputError naming tensors that are missing, surplus, or of another shape than the config says.
+
+    ``expected`` are those of a dense checkpoint unless given.
+    """
+    expected = expected_tensors(config) if expected is None else expected
     missing = [name for name in expected if name not in found]
     surplus = [name for name in found if name not in expected]
     if config.tied_embeddings:  # many exporters write the tied matrix twice
@@ -135,7 +146,10 @@ def _some(names: list[str], limit: int = 5) -> str:
 
 
 def open_checkpoint(path: str | Path) -> tuple[ModelConfig, Mapping[str, torch.Tensor]]:
-    """Config and tensors of a Hugging Face folder or a ``.gguf`` file, checked against each other."""
+    """Config and tensors of a Hugging Face folder or a ``.gguf`` file, checked against each other.
+
+    Those of a folder of quantised weights are in its own form: see `quantize.quantized_tensors`.
+    """
     path = Path(path)
     if path.suffix == ".gguf":
         from .gguf import GGUFFile
@@ -144,6 +158,10 @@ def open_checkpoint(path: str | Path) -> tuple[ModelConfig, Mapping[str, torch.T
         config, tensors = file.config, file
     else:
         config = ModelConfig.from_folder(path)
+        quantization = stored_quantization(path)
         tensors = SafetensorsFolder(path)
+        if quantization is not None:
+            check_tensors(tensors.shapes, config, str(path), quantized_tensors(config, quantization))
+            return config, tensors
     check_tensors(tensors.shapes, config, str(path))
     return config, tensors

@@ -59,7 +59,7 @@ class _LoraLinearTorch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, weight, bias, a, b, scaling: float) -> torch.Tensor:  # type: ignore[override]
         a_, b_ = a.to(x.dtype), b.to(x.dtype)
-        y = linear(x, dequantize(weight, x.dtype, backend="torch"), bias)
+        y = linear(x, dequantize(weight, x.dtype), bias)
         hidden = linear(x, a_)
         y.addmm_(hidden, b_.t(), alpha=scaling)
         ctx.save_for_backward(x, hidden, a_, b_, weight if isinstance(weight, torch.Tensor) else None)
@@ -74,7 +74,7 @@ class _LoraLinearTorch(torch.autograd.Function):
         dx = da = db = None
         g = torch.mm(dy, b_).mul_(ctx.scaling)
         if need_x:
-            dense = weight if weight is not None else dequantize(ctx.weight, x.dtype, backend="torch")
+            dense = weight if weight is not None else dequantize(ctx.weight, x.dtype)
             dx = torch.mm(dy, dense).addmm_(g, a_)
         if need_a:
             da = torch.mm(g.t(), x).to(ctx.dtypes[0])

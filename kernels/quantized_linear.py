@@ -456,11 +456,30 @@ def _validate(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | Non
         raise bad_argument(OP, "bias", given, f"{x.dtype} [{weight.shape[0]}] on {x.device}")
 
 
+class _Frozen(torch.autograd.Function):
+    """The gradient of x alone: dx = dy W, the weight dequantised anew rather than kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x, weight: QuantizedWeight, bias, backend: str | None) -> torch.Tensor:  # type: ignore[override]
+        ctx.weight, ctx.backend = weight, backend
+        return _forward(x, weight, bias, backend)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor):  # type: ignore[override]
+        return torch.mm(dy, dequantize(ctx.weight, dy.dtype, backend=ctx.backend)), None, None, None
+
+
 def quantized_linear(
     x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None = None, *, backend: str | None = None
 ) -> torch.Tensor:
-    """x [T, in] → [T, out] in x's dtype. No gradient: see ``lora_linear`` for training over a quantised weight."""
+    """x [T, in] → [T, out] in x's dtype; differentiable in x, the weight and bias being frozen."""
     _validate(x, weight, bias)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Frozen.apply(x, weight, bias, backend)
+    return _forward(x, weight, bias, backend)
+
+
+def _forward(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None, backend: str | None) -> torch.Tensor:
     if choose_backend(OP, x, backend, ("torch", "triton")) == "torch":
         return quantized_linear_reference(x, weight, bias)
     if x.dtype not in FLOATS:

@@ -101,6 +101,11 @@ def cli() -> None:
 
 
 model_option = click.option("--model", required=True, help="Model folder, .gguf file or fetch name.")
+quantize_option = click.option(
+    "--quantize",
+    metavar="FORMAT",
+    help="Hold the linear weights in nf4, int8 or fp8; with +head (int8+head) the output projection, too.",
+)
 adapter_option = click.option("--adapter", type=click.Path(), help="Adapter folder, as PEFT writes it.")
 
 
@@ -117,6 +122,7 @@ adapter_option = click.option("--adapter", type=click.Path(), help="Adapter fold
 @click.option("--examples", type=click.IntRange(1), help="Synthetic rows to keep.")
 @click.option("--rounds", type=click.IntRange(1), help="Rounds of answering and tuning.")
 @click.option("--seed", type=int, help="Random seed of everything.")
+@quantize_option
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any recipe setting, such as tune.rank=8.")
 @click.option("--until", default="report", help="Stop after this stage (index, teacher, filter, tune, evaluate, …).")
 @click.option("--redo", is_flag=True, help="Redo the stages that changed settings invalidate.")
@@ -147,7 +153,9 @@ def _open_run(
     chosen, inputs = read_recipe(recipe or (remembered if remembered.is_file() else "small"))
     if recipe and remembered.is_file():
         inputs = remembered_inputs(remembered) | inputs
-    changes: dict[str, Any] = {k: options[k] for k in ("examples", "rounds", "seed") if options.get(k) is not None}
+    changes: dict[str, Any] = {
+        k: options[k] for k in ("examples", "rounds", "seed", "quantize") if options.get(k) is not None
+    }
     if common.dtype != "auto":
         changes["dtype"] = common.dtype
     chosen = override(override(chosen, changes), list(settings))
@@ -215,13 +223,15 @@ def fetch(common: Common, name: str) -> None:
 @cli.command()
 @click.argument("source")
 @click.argument("target", type=click.Path(path_type=Path))
+@quantize_option
 @common
-def convert(common: Common, source: str, target: Path) -> None:
-    """Write a model folder with safetensors from one with .bin shards.
+def convert(common: Common, source: str, target: Path, quantize: str | None) -> None:
+    """Write a model folder with safetensors from one with .bin shards or from a .gguf file; --quantize quantises it.
 
     \b
-    Example:
+    Examples:
       specialize convert mpt-7b mpt-7b-safetensors --dtype bf16
+      specialize convert mpt-30b mpt-30b-nf4 --dtype bf16 --quantize nf4
     """
     from .engine.convert import convert as work
     from .engine.generator import DTYPES
@@ -232,6 +242,7 @@ def convert(common: Common, source: str, target: Path) -> None:
             source,
             target,
             dtype=DTYPES.get(common.dtype),
+            quantize=quantize,
             on_tensor=lambda done, total: bar.set(done / 1e6, total=round(total / 1e6)),
         )
     common.show({"path": str(path)}, str(path))
@@ -341,6 +352,7 @@ _stage_command(
 @cli.command()
 @click.argument("run", required=False, type=click.Path(path_type=Path))
 @click.option("--model", help="Model folder, .gguf file or fetch name.")
+@quantize_option
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
@@ -395,6 +407,7 @@ def tune(common: Common, run: Path | None, redo: bool, settings: tuple[str, ...]
         Tune(**values),
         dtype=common.dtype,
         device=common.device,
+        quantize=o["quantize"],
         seed=o["seed"],
         base_model=o["model"],
         reporter=common.prepare().reporter,
@@ -412,6 +425,7 @@ def tune(common: Common, run: Path | None, redo: bool, settings: tuple[str, ...]
 @click.argument("run", required=False, type=click.Path(path_type=Path))
 @click.option("--model", help="Model folder, .gguf file or fetch name.")
 @adapter_option
+@quantize_option
 @click.option("--tasks", type=click.Path(path_type=Path), help="Task file or folder of them.")
 @click.option("--shots", default="0", show_default=True, help="Examples in the prompt, such as 0,1,5.")
 @click.option("--limit", type=click.IntRange(0), default=0, show_default=True, help="Examples of each task; 0: all.")
@@ -450,6 +464,7 @@ def evaluate(common: Common, run: Path | None, redo: bool, settings: tuple[str, 
         max_tokens=o["max_tokens"],
         dtype=common.dtype,
         device=common.device,
+        quantize=o["quantize"],
         seed=o["seed"],
         model_name=o["model"],
         reporter=common.prepare().reporter,
@@ -506,6 +521,7 @@ def _params(o: dict[str, Any], **more: Any) -> Any:
 @click.argument("prompt", required=False)
 @model_option
 @adapter_option
+@quantize_option
 @click.option("--prompts", type=click.Path(path_type=Path), help='JSONL of {"prompt": text} or {"prompt_ids": [...]}.')
 @click.option("--out", type=click.Path(path_type=Path), help="JSONL of replies, in the order of --prompts.")
 @_sampling
@@ -549,7 +565,9 @@ def generate(common: Common, prompt: str | None, model: str, adapter: str | None
 
         read_prompts(o["prompts"])
     path = existing_model(model, common.reporter)
-    generator, name = load_generator(path, adapter=adapter, dtype=common.prepare().dtype, device=common.device)
+    generator, name = load_generator(
+        path, adapter=adapter, dtype=common.prepare().dtype, device=common.device, quantize=o["quantize"]
+    )
     if o["prompts"] is not None:
         stats = generate_file(generator, o["prompts"], o["out"], params, adapter=name, reporter=common.reporter)
         shown: Any = stats
@@ -582,6 +600,7 @@ def generate(common: Common, prompt: str | None, model: str, adapter: str | None
 @cli.command()
 @model_option
 @adapter_option
+@quantize_option
 @_sampling
 @common
 def chat(common: Common, model: str, adapter: str | None, **o: Any) -> None:
@@ -595,7 +614,9 @@ def chat(common: Common, model: str, adapter: str | None, **o: Any) -> None:
     from .standalone import chat_prompt, existing_model, load_generator
 
     path = existing_model(model, common.reporter)
-    generator, name = load_generator(path, adapter=adapter, dtype=common.prepare().dtype, device=common.device)
+    generator, name = load_generator(
+        path, adapter=adapter, dtype=common.prepare().dtype, device=common.device, quantize=o["quantize"]
+    )
     if adapter and not o["stop"]:
         o["stop"] = STOP
     params = _params(o)

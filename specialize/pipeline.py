@@ -87,6 +87,8 @@ class Run:
         """What each stage depends on by itself."""
         plain, prints = self.recipe.to_dict(), self.prints
         base = {"seed": plain["seed"], "model": prints["model"], "dtype": self.recipe.dtype}
+        if self.recipe.quantize != "none":
+            base["quantize"] = self.recipe.quantize
         tune = plain["tune"] | {"epochs": None, "teacher_epochs": None, "budget": None}
         found: dict[str, dict[str, Any]] = {
             "index": {"corpus": prints["corpus"], **{f"retrieval.{k}": v for k, v in plain["retrieval"].items()}},
@@ -236,7 +238,9 @@ class Run:
             from .engine.generator import Generator
 
             self.reporter.say(f"loading {self.model_path.name}")
-            self._generator = Generator.from_pretrained(self.model_path, dtype=self.recipe.dtype, device=self.device)
+            self._generator = Generator.from_pretrained(
+                self.model_path, dtype=self.recipe.dtype, device=self.device, quantize=self.recipe.quantize
+            )
             self._adapter_names = {}
         return self._generator
 
@@ -329,7 +333,7 @@ class Run:
 
         self._generator = None  # one copy of the weights at a time
         tokenizer = Tokenizer.from_pretrained(self.model_path)
-        model = load_model(Model, self.model_path, self.recipe.dtype, self.device)
+        model = load_model(Model, self.model_path, self.recipe.dtype, self.device, self.recipe.quantize)
         rows = encode(tokenizer, examples)
         if more:
             rows += encode_rows(tokenizer, more)
@@ -659,6 +663,7 @@ class Run:
         reports: dict[str, EvalReport] = {}
         systems = self.systems()
         counts = [len(t.examples[: settings.limit or None]) for t in self.tasks]
+        quantized = [self.recipe.quantize] * (self.recipe.quantize != "none")
         for system in systems:
             shots = tuple(dict.fromkeys((*settings.shots, *(settings.base_shots if system.name == "base" else ()))))
             with self.reporter.bar(f"evaluate {system.label}", sum(counts) * len(shots), "replies") as bar:
@@ -666,7 +671,7 @@ class Run:
                     self.generator,
                     self.tasks,
                     model=str(self.inputs["model"]),
-                    model_identity=f"{self.prints['model']} {self.recipe.dtype}",
+                    model_identity=" ".join((self.prints["model"], self.recipe.dtype, *quantized)),
                     system=system,
                     shots=shots,
                     limit=settings.limit,
@@ -813,9 +818,11 @@ def load_embedder(name: str) -> Any:
     return Embedder.from_pretrained(model_path(name), dtype=choose_dtype("auto", device), device=device)
 
 
-def load_model(model_class: Any, path: Path, dtype: str, device: str) -> Any:
+def load_model(model_class: Any, path: Path, dtype: str, device: str, quantize: str | None = None) -> Any:
     """The base for training."""
     from .engine.generator import choose_device, choose_dtype
 
     chosen = choose_device(device)
-    return model_class.from_pretrained(path, dtype=choose_dtype(dtype, chosen), device=chosen, inference=False)
+    return model_class.from_pretrained(
+        path, dtype=choose_dtype(dtype, chosen), device=chosen, inference=False, quantize=quantize
+    )

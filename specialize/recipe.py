@@ -128,6 +128,7 @@ class Recipe:
     examples: int = 300
     rounds: int = 1
     dtype: str = "auto"
+    quantize: str = "none"
     retrieval: Retrieval = field(default_factory=Retrieval)
     teacher: Teacher = field(default_factory=Teacher)
     instructions: Instructions = field(default_factory=Instructions)
@@ -149,6 +150,7 @@ class Recipe:
 
 _CHOICES = {
     "dtype": ("auto", "fp32", "bf16", "fp16"),
+    "quantize": ("none", "nf4", "int8", "fp8", "nf4+head", "int8+head", "fp8+head"),
     "retrieval.mode": ("bm25", "dense", "hybrid", "off"),
     "instructions.novel_input": ("corpus", "written"),
     "instructions.material": ("nearest", "random"),

@@ -52,11 +52,13 @@ class fetch_progress:  # a context manager that reads like a function
         self._close()
 
 
-def load_generator(model: Path, *, adapter: str | None, dtype: str, device: str) -> tuple[Any, str | None]:
+def load_generator(
+    model: Path, *, adapter: str | None, dtype: str, device: str, quantize: str | None = None
+) -> tuple[Any, str | None]:
     """(generator, the adapter's name in it). A single adapter stays beside the weights, so that numbers are its own."""
     from .engine.generator import Generator
 
-    generator = Generator.from_pretrained(model, dtype=dtype, device=device)
+    generator = Generator.from_pretrained(model, dtype=dtype, device=device, quantize=quantize)
     return generator, generator.load_adapter(adapter) if adapter else None
 
 
@@ -154,6 +156,7 @@ def tune_file(
     seed: int,
     base_model: str,
     reporter: Reporter,
+    quantize: str | None = None,
 ) -> dict[str, Any]:
     """Tune an adapter on a user's file; returns tokens, steps, seconds, tokens per second and the losses."""
     from .engine.model import Model
@@ -164,7 +167,7 @@ def tune_file(
     rows = read_training_rows(data)
     tokenizer = Tokenizer.from_pretrained(model_path)
     examples = encode_rows(tokenizer, rows)
-    model = load_model(Model, model_path, dtype, device)
+    model = load_model(Model, model_path, dtype, device, quantize)
     config = train_config(settings, epochs=settings.epochs, seed=seed, max_context=model.config.max_context)
     total = round(epoch_tokens(examples) * settings.epochs)
     with reporter.bar("tune", total, "tokens") as bar:
@@ -194,6 +197,7 @@ def evaluate_model(
     seed: int,
     model_name: str,
     reporter: Reporter,
+    quantize: str | None = None,
 ) -> dict[str, Any]:
     """The content of ``eval.json`` for one model, with or without an adapter."""
     from .evaluate import System, evaluate
@@ -202,7 +206,7 @@ def evaluate_model(
     tasks = read_tasks(tasks_path)
     if adapter is not None and not (Path(adapter) / "adapter_model.safetensors").is_file():
         raise InputError(f"adapter: {adapter} holds no adapter_model.safetensors")
-    generator, name = load_generator(model_path, adapter=adapter, dtype=dtype, device=device)
+    generator, name = load_generator(model_path, adapter=adapter, dtype=dtype, device=device, quantize=quantize)
     total = sum(len(t.examples[: limit or None]) for t in tasks) * len(shots)
     with reporter.bar("evaluate", total, "replies") as bar, Ledger(":memory:") as ledger:
         report = evaluate(
