@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from .scheduler import Rows, StepPlan
+    from .rows import Rows, StepPlan
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,10 @@ class Batch:
 def build_step(plan: StepPlan, rows: Rows, device: torch.device | str) -> tuple[Batch, dict[str, torch.Tensor]]:
     """The batch of one generation step, and the sampled rows' settings by name, all in one copy.
 
-    ``last`` i64 in the settings are the flat indices of the hidden states that give a token. Decodes are gathered by
-    vectorised indexing; only prompt chunks cost host time each.
+    In the settings, ``last`` i64 are the flat indices of the hidden states that give a token, ``sampled_rows`` i64
+    their sequences' rows, ``decode_rows`` i64 those of the decodes, ``wants_logprobs`` i64 the draws that report
+    alternatives. Token ids of decodes are `UNKNOWN` where the step before has them. Decodes are gathered by vectorised
+    indexing; only chunks cost host time each.
     """
     size = rows.page_size
     num_decodes, num_chunks = len(plan.decodes), len(plan.chunks)
@@ -100,7 +102,7 @@ def build_step(plan: StepPlan, rows: Rows, device: torch.device | str) -> tuple[
     contexts = np.empty(num_decodes + num_chunks, np.int32)
     batch_rows = np.empty(num_decodes + num_chunks, np.int64)
 
-    at = rows.num_tokens[decodes] - 1
+    at = plan.decode_at
     token_ids[:num_decodes] = rows.tokens[decodes, at]
     positions[:num_decodes] = at
     slots[:num_decodes] = rows.page_table[decodes, at // size].astype(np.int64) * size + at % size
@@ -109,7 +111,7 @@ def build_step(plan: StepPlan, rows: Rows, device: torch.device | str) -> tuple[
     batch_rows[:num_decodes] = decodes
 
     end = num_decodes
-    last = list(range(num_decodes))
+    last = [np.arange(num_decodes)]
     for b, chunk in enumerate(plan.chunks, start=num_decodes):
         row, start, stop = chunk.sequence.row, chunk.start, chunk.stop
         begin, end = end, end + stop - start
@@ -120,8 +122,8 @@ def build_step(plan: StepPlan, rows: Rows, device: torch.device | str) -> tuple[
         starts[b + 1] = end
         contexts[b] = stop
         batch_rows[b] = row
-        if stop == chunk.sequence.num_tokens:
-            last.append(end - 1)
+        if chunk.num_draws:
+            last.append(np.arange(end - chunk.num_draws, end))
 
     max_context_len = int(contexts.max())
     sampled = plan.sampled_rows
@@ -129,9 +131,12 @@ def build_step(plan: StepPlan, rows: Rows, device: torch.device | str) -> tuple[
         "token_ids": token_ids,
         "positions": positions,
         "slots": slots,
-        "last": np.asarray(last, np.int64),
+        "last": np.concatenate(last),
+        "decode_rows": decodes,
+        "sampled_rows": sampled,
+        "wants_logprobs": np.flatnonzero(rows.num_logprobs[sampled] >= 0),
         "keys": rows.stream_key[sampled],
-        "steps": rows.num_tokens[sampled] - rows.num_prompt[sampled],
+        "steps": plan.sampled_at - rows.num_prompt[sampled],
         "query_starts": starts,
         "context_lens": contexts,
         "page_table": rows.page_table[batch_rows, : -(-max_context_len // size)],

@@ -1,29 +1,40 @@
 """CUDA graphs of decode steps: a step of one token per sequence is launched as a whole, not kernel by kernel.
 
 A model of 30 layers takes some 300 launches a step, which cost the host more time than the device needs for the work.
-A graph is recorded per bucket (sequences rounded up, longest context rounded up) when a bucket comes up again; rows
-beyond the batch write nowhere (slot -1) and attend to one token.
+A graph is recorded per bucket (sequences rounded up, longest context rounded up) and choice of adapters, ahead of
+use or when a bucket comes up again; rows beyond the batch write nowhere (slot -1) and attend to one token.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from .batch import Batch
 from .cache import KVCache
-from .model import Model
+from .model import LayerAdapters, Model
 
 RECORD_AT_USE = 3  # a bucket seen less often is not worth recording
 MIN_CONTEXT = 1024
 MAX_GRAPHS = 64
+_Key = tuple[int, int, LayerAdapters | None]  # sequences, context, adapters
 
 
 class _Graph:
     """A recorded step with the tensors that it reads and writes."""
 
-    def __init__(self, model: Model, cache: KVCache, size: int, max_context: int, pool: Any) -> None:
+    def __init__(
+        self,
+        model: Model,
+        cache: KVCache,
+        size: int,
+        max_context: int,
+        adapters: LayerAdapters | None,
+        pool: Any,
+    ) -> None:
         place: dict[str, Any] = {"device": model.device}
         self.token_ids = torch.zeros(size, dtype=torch.int64, **place)
         self.positions = torch.zeros(size, dtype=torch.int64, **place)
@@ -31,6 +42,7 @@ class _Graph:
         self.context_lens = torch.ones(size, dtype=torch.int32, **place)
         width = -(-max_context // cache.page_size)
         self.page_table = torch.zeros(size, width, dtype=torch.int32, **place)
+        self.adapter_index = None if adapters is None else torch.full((size,), -1, dtype=torch.int32, **place)
         self._num_filled = 0
         batch = Batch(
             token_ids=self.token_ids,
@@ -42,17 +54,9 @@ class _Graph:
             num_decodes=size,
             slots=self.slots,
             page_table=self.page_table,
+            adapter_index=self.adapter_index,
         )
-        # Compiles kernels and fills caches of libraries, neither of which may happen while recording.
-        stream = torch.cuda.Stream(model.device)
-        stream.wait_stream(torch.cuda.current_stream(model.device))
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                model.logits(model.forward(batch, cache))
-        torch.cuda.current_stream(model.device).wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
-            self.logits = model.logits(model.forward(batch, cache))
+        self._graph, self.logits = record(lambda: model.logits(model.forward(batch, cache, adapters)), model, pool)
 
     @property
     def pool(self) -> Any:
@@ -66,46 +70,89 @@ class _Graph:
         self.slots[:count].copy_(batch.slots)
         self.context_lens[:count].copy_(batch.context_lens)
         self.page_table[:count, : batch.page_table.shape[1]].copy_(batch.page_table)
+        if self.adapter_index is not None and batch.adapter_index is not None:
+            self.adapter_index[:count].copy_(batch.adapter_index)
         if count < self._num_filled:  # rows of an earlier, larger batch
             self.slots[count : self._num_filled].fill_(-1)
             self.positions[count : self._num_filled].zero_()
             self.context_lens[count : self._num_filled].fill_(1)
+            if self.adapter_index is not None:
+                self.adapter_index[count : self._num_filled].fill_(-1)
         self._num_filled = count
         self._graph.replay()
         return self.logits[:count]
 
 
+def record(step: Callable[[], torch.Tensor], model: Model, pool: Any) -> tuple[Any, torch.Tensor]:
+    """A CUDA graph of the step, and the tensor that it leaves its result in."""
+    # Compiles kernels and fills caches of libraries, neither of which may happen while recording.
+    stream = torch.cuda.Stream(model.device)
+    stream.wait_stream(torch.cuda.current_stream(model.device))
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream(model.device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        out = step()
+    return graph, out
+
+
 class DecodeGraphs:
-    """The graphs of one model over one cache. ``logits`` gives None for what is no recorded decode step."""
+    """The graphs of one model over one cache. ``logits`` gives None for what is no recorded decode step. ``seconds``
+    is all time spent in recording."""
 
     def __init__(self, model: Model, cache: KVCache, max_context: int) -> None:
         self._model, self._cache, self._max_context = model, cache, max_context
-        self._graphs: dict[tuple[int, int], _Graph] = {}
-        self._uses: dict[tuple[int, int], int] = {}
+        self._graphs: dict[_Key, _Graph] = {}
+        self._uses: dict[_Key, int] = {}
         self._off = model.device.type != "cuda"
+        self.seconds = 0.0
 
-    def logits(self, batch: Batch) -> torch.Tensor | None:
-        """Logits [B, V] of decodes by the base model, valid until the next call; None: run the batch the usual way."""
+    @torch.inference_mode()
+    def logits(self, batch: Batch, adapters: LayerAdapters | None) -> torch.Tensor | None:
+        """Logits [B, V] of decodes, valid until the next call; None: run the batch the usual way."""
         count = batch.num_sequences
-        if self._off or batch.num_decodes != count or batch.adapter_index is not None or not count:
+        if self._off or batch.num_decodes != count or not count:
             return None
-        key = (bucket_size(count), bucket_context(batch.max_context_len, self._max_context))
+        key = (bucket_size(count), bucket_context(batch.max_context_len, self._max_context), adapters)
         graph = self._graphs.get(key)
         if graph is None:
             self._uses[key] = self._uses.get(key, 0) + 1
-            if self._uses[key] < RECORD_AT_USE or len(self._graphs) >= MAX_GRAPHS:
+            if self._uses[key] < RECORD_AT_USE:
                 return None
             graph = self._record(key)
             if graph is None:
                 return None
         return graph.run(batch)
 
+    @torch.inference_mode()
+    def record(self, num_sequences: int, max_context: int | None = None) -> None:
+        """Records what a full batch of the base model needs until its contexts are that long."""
+        longest = min(max_context or self._max_context, self._max_context)
+        context = bucket_context(1, self._max_context)
+        while not self._off:
+            key = (bucket_size(num_sequences), context, None)
+            if key not in self._graphs:
+                self._record(key)
+            if context >= longest:
+                break
+            context = bucket_context(context + 1, self._max_context)
+
+    def forget(self) -> None:
+        """Before adapters change: graphs read their tensors where they lie."""
+        self._graphs = {key: graph for key, graph in self._graphs.items() if key[2] is None}
+        self._uses.clear()
+
     def drop(self) -> None:
         """Gives the graphs' memory back and records no more."""
         self._graphs.clear()
         self._off = True
 
-    def _record(self, key: tuple[int, int]) -> _Graph | None:
+    def _record(self, key: _Key) -> _Graph | None:
+        if len(self._graphs) >= MAX_GRAPHS:
+            return None
+        began = time.perf_counter()
         pool = next(iter(self._graphs.values())).pool if self._graphs else None
         try:
             self._graphs[key] = _Graph(self._model, self._cache, *key, pool)
@@ -113,6 +160,8 @@ class DecodeGraphs:
             self.drop()  # the plan left no room for graphs; steps go on kernel by kernel
             torch.cuda.empty_cache()
             return None
+        finally:
+            self.seconds += time.perf_counter() - began
         return self._graphs[key]
 
 

@@ -1,7 +1,8 @@
 """Text from prompts: owns the model, the pages of its KV cache, the adapters, and the loop that drives them.
 
-A step reads: schedule → build the batch → forward → sample → commit. Requests are taken from an iterable as room
-appears, and completions come out as they finish.
+A step reads: schedule → launch (batch, forward, sample) → commit. On a GPU the next step is scheduled and launched
+before the tokens of this one are read, so that the device never waits for the host. Requests are taken from an
+iterable as room appears, and completions come out as they finish.
 """
 
 from __future__ import annotations
@@ -17,18 +18,20 @@ import torch
 
 from specialize.errors import InputError
 
-from ..kernels.sampling import sample
 from .adapter import AdapterPool, load_adapter, merge_adapter
-from .batch import Batch, build_step
+from .batch import Batch
 from .cache import KVCache, plan_pages
 from .decode_graph import DecodeGraphs
 from .model import Model
+from .outputs import Outputs
 from .pages import PageAllocator
+from .rows import Sequence as SequenceState
+from .rows import StepPlan
+from .runner import Draws, Runner
 from .sampler import Completion, Request, SamplingParams, stream_key
-from .scheduler import EngineConfig, Rows, Scheduler, StepPlan
-from .scheduler import Sequence as SequenceState
+from .scheduler import EngineConfig, Scheduler
 from .spans import Span, no_span
-from .stops import StopWatcher
+from .warm_up import warm_up
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
@@ -39,18 +42,24 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass
 class Stats:
-    """Sums over a generator's life (or since ``reset``). ``seconds`` is time spent in steps, host work included."""
+    """Sums over a generator's life. ``seconds`` is time spent in steps, host work included; ``warmup_seconds`` went
+    before them into compiling kernels, packing weights and recording decode graphs.
+
+    ``dropped_tokens`` were drawn for sequences that had ended one step before.
+    """
 
     requests: int = 0
     failed: int = 0
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     generated_tokens: int = 0
+    dropped_tokens: int = 0
     computed_tokens: int = 0
     steps: int = 0
     preemptions: int = 0
     out_of_memory: int = 0
     seconds: float = 0.0
+    warmup_seconds: float = 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -93,6 +102,8 @@ class Generator:
         self.cache = KVCache(model.config, num_pages, config.page_size, model.dtype, model.device)
         self._graphs = DecodeGraphs(model, self.cache, self.max_context)
         self.stats = Stats()
+        self._warm = False
+        self._overlap = on_gpu if config.overlap is None else config.overlap
         self._pool = AdapterPool(model)
         self._adapters: dict[str, tuple[int, bytes]] = {}  # name → slot, fingerprint
         end_ids = set(model.config.eos_token_ids) | set(tokenizer.eos_ids if tokenizer else ())
@@ -131,11 +142,13 @@ class Generator:
         if name in self._adapters:
             raise InputError(f"adapter {name!r} is loaded already; unload it first or choose another name")
         adapter = load_adapter(path, self.model)
+        self._graphs.forget()  # they read the pool's tensors, which are made anew
         self._adapters[name] = (self._pool.add(adapter), adapter.fingerprint)
         return name
 
     def unload_adapter(self, name: str) -> None:
         slot, _ = self._adapter(name)
+        self._graphs.forget()
         self._pool.remove(slot)
         del self._adapters[name]
 
@@ -271,8 +284,25 @@ class Generator:
             raise InputError(f"adapter {name!r} is not loaded; loaded: {', '.join(self._adapters) or 'none'}")
         return self._adapters[name]
 
+    def warm_up(self, num_sequences: int | None = None, max_context: int | None = None) -> float:
+        """Compiles kernels, packs weights, and on a GPU records decode graphs for ``num_sequences`` (the most that run
+        at once, by default) and contexts up to ``max_context`` tokens; returns the seconds that it took.
+
+        The first use does it where it was not done, so that no step does.
+        """
+        began = time.perf_counter()
+        if not self._warm:
+            warm_up(self.model, self.cache, self.max_batch_tokens, self.max_sequences)
+            self._warm = True
+        self._graphs.record(min(num_sequences or self.max_sequences, self.max_sequences), max_context)
+        seconds = time.perf_counter() - began
+        self.stats.warmup_seconds += seconds
+        return seconds
+
     def _drive(self, requests: Iterable[Request], *, streaming: bool) -> Iterator[Completion | str]:
         """The loop. Yields completions, and with ``streaming`` pieces of text between them."""
+        if not self._warm:
+            self.warm_up(1 if streaming else None)
         scheduler = Scheduler(
             self.allocator,
             max_batch_tokens=self.max_batch_tokens,
@@ -281,8 +311,10 @@ class Generator:
             end_ids=self._end_ids,
             prefix_cache=self.config.prefix_cache,
         )
-        outputs = _Outputs(self, scheduler, streaming)
+        runner = Runner(self.model, self.cache, self._pool, self._graphs, self.max_sequences, self._span)
+        outputs = Outputs(scheduler, self.tokenizer, self._end_ids, self.stats, streaming=streaming)
         source, exhausted = self._sequences(requests), False
+        flying: list[_Step] = []  # launched, their tokens not read: one at most between turns
         try:
             while True:
                 while not exhausted and scheduler.num_wanted > 0:
@@ -293,19 +325,72 @@ class Generator:
                         yield item
                     else:
                         scheduler.add(item)
-                began = time.perf_counter()
+                began, recording = time.perf_counter(), self._graphs.seconds
+                events: list[Completion | str] = []
+                if flying and scheduler.must_commit():
+                    events += self._land(outputs, flying)
                 with self._span("schedule"):
                     plan = scheduler.schedule()
-                if plan is None:
-                    if exhausted:
-                        return
-                    continue
-                events = self._step(scheduler, outputs, plan)
-                self.stats.seconds += time.perf_counter() - began
+                if plan is not None:
+                    launched = self._launch(scheduler, runner, outputs, plan, flying, events)
+                    if launched is not None and not self._overlap:
+                        events += self._land(outputs, [launched])
+                    elif launched is not None:
+                        flying.append(launched)
+                if len(flying) > (plan is not None):
+                    events += self._land(outputs, flying)
+                recording = self._graphs.seconds - recording
+                self.stats.warmup_seconds += recording
+                self.stats.seconds += time.perf_counter() - began - recording
                 yield from events
+                if plan is None and not flying and not events and exhausted:
+                    return
         finally:
             self.stats.preemptions += scheduler.num_preemptions
             scheduler.abort()
+
+    def _launch(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        outputs: Outputs,
+        plan: StepPlan,
+        flying: list[_Step],
+        events: list[Completion | str],
+    ) -> _Step | None:
+        """Starts a step. None where memory ran out: then no step is in flight, and smaller ones come next."""
+        try:
+            draws = runner.launch(plan, scheduler.rows)
+        except (RuntimeError, MemoryError) as error:
+            self.allocator.forget_contents()  # pages published for this step hold nothing
+            if not _is_out_of_memory(error):
+                raise
+            # The plan left too little room for activations: try again with smaller steps.
+            self.stats.out_of_memory += 1
+            self._graphs.drop()
+            if flying:
+                events += self._land(outputs, flying)
+            scheduler.roll_back(plan)
+            scheduler.preempt_all()
+            if self.model.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if not scheduler.shrink_budget():
+                raise
+            self.max_batch_tokens = scheduler.max_batch_tokens
+            return None
+        except BaseException:
+            self.allocator.forget_contents()
+            raise
+        self.stats.steps += 1
+        self.stats.computed_tokens += plan.num_tokens
+        return _Step(plan, draws)
+
+    def _land(self, outputs: Outputs, flying: list[_Step]) -> list[Completion | str]:
+        """Reads the oldest launched step's tokens, waiting for them if need be, and commits them."""
+        step = flying.pop(0)
+        drawn = step.draws.read()
+        with self._span("commit"):
+            return outputs.after_step(step.plan, *drawn)
 
     def _sequences(self, requests: Iterable[Request]) -> Iterator[SequenceState | Completion]:
         """n sequences per request, or the completion that says why there is none."""
@@ -331,70 +416,6 @@ class Generator:
                     cache_salt=salt,
                 )
 
-    def _step(self, scheduler: Scheduler, outputs: _Outputs, plan: StepPlan) -> list[Completion | str]:
-        try:
-            drawn = self._forward(scheduler, outputs, plan)
-        except torch.cuda.OutOfMemoryError:
-            # The plan left too little room for activations: try again with smaller steps.
-            self.stats.out_of_memory += 1
-            self._graphs.drop()
-            self.allocator.forget_contents()
-            scheduler.preempt_all()
-            torch.cuda.empty_cache()
-            if not scheduler.shrink_budget():
-                raise
-            self.max_batch_tokens = scheduler.max_batch_tokens
-            return []
-        except BaseException:
-            self.allocator.forget_contents()  # pages published for this step may hold nothing
-            raise
-        stats = self.stats
-        stats.steps += 1
-        stats.computed_tokens += plan.num_tokens
-        stats.generated_tokens += len(plan.sampled)
-        token_ids, logprobs, alternatives = drawn
-        with self._span("commit"):
-            finished = scheduler.commit(plan, token_ids)
-            return outputs.after_step(plan, token_ids, logprobs, alternatives, finished)
-
-    @torch.inference_mode()
-    def _forward(self, scheduler: Scheduler, outputs: _Outputs, plan: StepPlan):
-        """Runs the batch; returns drawn ids, their logprobs, and the top alternatives of rows that asked for them."""
-        rows = scheduler.rows
-        with self._span("build"):
-            batch, settings = build_step(plan, rows, self.model.device)
-            adapters = None
-            if batch.adapter_index is not None:
-                sequences = [s.adapter_id for s in plan.decodes] + [c.sequence.adapter_id for c in plan.chunks]
-                adapters = self._pool.select(sequences)
-        with self._span("forward"):
-            all_sampled = len(plan.sampled) == batch.num_tokens
-            logits = self._graphs.logits(batch) if all_sampled else None
-            if logits is None:
-                hidden = self.model.forward(batch, self.cache, adapters)
-                if not plan.sampled:
-                    return np.empty(0, np.int64), np.empty(0, np.float32), {}
-                logits = self.model.logits(hidden if all_sampled else hidden[settings["last"]])
-        with self._span("sample"):
-            return self._sample(plan, rows, outputs, settings, logits)
-
-    def _sample(self, plan: StepPlan, rows: Rows, outputs: _Outputs, settings: dict, logits: torch.Tensor):
-        penalised = bool((rows.repetition_penalty[plan.sampled_rows] != 1.0).any())
-        ids, logprobs = sample(
-            logits,
-            keys=settings["keys"],
-            steps=settings["steps"],
-            temperature=settings["temperature"],
-            top_k=settings["top_k"],
-            top_p=settings["top_p"],
-            min_p=settings["min_p"],
-            repetition_penalty=settings["repetition_penalty"] if penalised else None,
-            seen=outputs.seen_tokens(plan) if penalised else None,
-            backend=self.model.backend,
-        )
-        alternatives = _alternatives(logits, rows.num_logprobs[plan.sampled_rows])
-        return ids.cpu().numpy(), logprobs.cpu().numpy(), alternatives
-
     def _score_group(self, group: list[tuple[Sequence[int], Sequence[int]]], slot: int) -> list[list[float]]:
         sequences = [list(prompt) + list(continuation)[:-1] for prompt, continuation in group]
         index = [slot] * len(group) if slot >= 0 else None
@@ -419,137 +440,16 @@ class Generator:
         return scores
 
 
-class _Outputs:
-    """What is gathered for the running sequences of one stream: text, logprobs, and which tokens were seen."""
+@dataclass(frozen=True)
+class _Step:
+    """A step that was launched."""
 
-    def __init__(self, generator: Generator, scheduler: Scheduler, streaming: bool) -> None:
-        self._generator, self._scheduler, self._streaming = generator, scheduler, streaming
-        self._watchers: dict[SequenceState, StopWatcher] = {}
-        self._logprobs: dict[SequenceState, list[list[tuple[int, float]]]] = {}
-        self._seen: torch.Tensor | None = None
-        self._seen_of: dict[int, tuple[SequenceState, int]] = {}  # row → whose tokens, how many of them
-
-    def after_step(
-        self,
-        plan: StepPlan,
-        token_ids: np.ndarray,
-        logprobs: np.ndarray,
-        alternatives: Mapping[int, list[tuple[int, float]]],
-        finished: list[SequenceState],
-    ) -> list[Completion | str]:
-        """Notes the tokens drawn and takes out what is done. Host time goes only to sequences that need it: new ones,
-        those with stop strings or logprobs, and finished ones."""
-        for chunk in plan.chunks:
-            if chunk.stop == chunk.sequence.num_prompt:
-                self._begin(chunk.sequence)
-        events: list[Completion | str] = []
-        done = dict.fromkeys(finished)
-        broken = {plan.sampled[i] for i in np.flatnonzero(~np.isfinite(logprobs)).tolist()}
-        if self._logprobs or self._watchers:
-            for i, sequence in enumerate(plan.sampled):
-                if sequence in broken:
-                    continue
-                if i in alternatives:
-                    pairs, drawn = alternatives[i], int(token_ids[i])
-                    if all(token != drawn for token, _ in pairs):
-                        pairs = [*pairs, (drawn, float(logprobs[i]))]
-                    self._logprobs[sequence].append(pairs)
-                watcher = self._watchers.get(sequence)
-                if watcher is None or sequence.finish_reason == "stop":
-                    continue
-                if watcher.push(int(token_ids[i])):
-                    sequence.finish_reason = "stop"
-                    done[sequence] = None
-                if self._streaming and sequence not in done:
-                    piece = watcher.take()
-                    if piece:
-                        events.append(piece)
-        for sequence in [*done, *(s for s in broken if s not in done)]:
-            error = "the model gave no finite logits" if sequence in broken else None
-            events += self._complete(sequence, error)
-        return events
-
-    def seen_tokens(self, plan: StepPlan) -> torch.Tensor:
-        """Which tokens each sampled sequence holds, bool [B,V]; kept up by the newest tokens only."""
-        rows, model = self._scheduler.rows, self._generator.model
-        if self._seen is None:
-            shape = (len(rows.num_tokens), model.config.vocab_size)
-            self._seen = torch.zeros(shape, dtype=torch.bool, device=model.device)
-        new_rows, new_tokens = [], []
-        for sequence in plan.sampled:
-            row = sequence.row
-            if rows.repetition_penalty[row] == 1.0:
-                continue
-            owner, count = self._seen_of.get(row, (None, 0))
-            if owner is not sequence:
-                self._seen[row] = False
-                count = 0
-            total = int(rows.num_tokens[row])
-            tokens = rows.tokens[row, count:total]
-            new_rows.append(np.full(len(tokens), row, np.int64))
-            new_tokens.append(tokens.astype(np.int64))
-            self._seen_of[row] = (sequence, total)
-        index = np.stack([np.concatenate(new_rows), np.concatenate(new_tokens)])
-        at = torch.from_numpy(index).to(model.device)
-        self._seen[at[0], at[1]] = True
-        return self._seen[torch.from_numpy(plan.sampled_rows).to(model.device)]
-
-    def _begin(self, sequence: SequenceState) -> None:
-        stats = self._generator.stats
-        stats.prompt_tokens += sequence.num_prompt
-        stats.cached_prompt_tokens += sequence.num_cached
-        if sequence.params.logprobs is not None:
-            self._logprobs[sequence] = []
-        tokenizer = self._generator.tokenizer
-        if tokenizer is not None and (sequence.params.stop or self._streaming):
-            self._watchers[sequence] = StopWatcher(tokenizer.decoder(), sequence.params.stop)
-
-    def _complete(self, sequence: SequenceState, error: str | None) -> list[Completion | str]:
-        token_ids = self._scheduler.generated(sequence).tolist()
-        self._scheduler.retire(sequence)
-        watcher = self._watchers.pop(sequence, None)
-        logprobs = self._logprobs.pop(sequence, None)
-        events: list[Completion | str] = []
-        if error is not None:
-            self._generator.stats.failed += 1
-            token_ids = token_ids[:-1]
-        reason = "error" if error else (sequence.finish_reason or "length")
-        if watcher is not None:
-            if watcher.finish():
-                reason = "stop"
-            text = watcher.text
-            if self._streaming and (piece := watcher.take()):
-                events.append(piece)
-        else:
-            text = self._decode(token_ids)
-        events.append(
-            Completion(
-                sequence.request_id, sequence.index, sequence.num_prompt, text, token_ids, reason, logprobs, error
-            )
-        )
-        return events
-
-    def _decode(self, token_ids: list[int]) -> str:
-        tokenizer = self._generator.tokenizer
-        if tokenizer is None:
-            return ""
-        if token_ids and token_ids[-1] in self._generator._end_ids:
-            token_ids = token_ids[:-1]
-        return tokenizer.decode(token_ids)
+    plan: StepPlan
+    draws: Draws
 
 
-def _alternatives(logits: torch.Tensor, num_logprobs: np.ndarray) -> dict[int, list[tuple[int, float]]]:
-    """For each row that wants them, the most likely tokens and their log-probabilities."""
-    wanted = np.flatnonzero(num_logprobs >= 0)
-    if not wanted.size:
-        return {}
-    logprobs = logits[torch.from_numpy(wanted).to(logits.device)].float().log_softmax(-1)
-    most = min(int(num_logprobs[wanted].max()), logits.shape[1])
-    values, ids = (t.tolist() for t in logprobs.topk(most, dim=-1))
-    return {
-        row: list(zip(ids[i][: num_logprobs[row]], values[i][: num_logprobs[row]], strict=True))
-        for i, row in enumerate(wanted.tolist())
-    }
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def choose_device(device: str | torch.device = "auto") -> torch.device:

@@ -4,22 +4,22 @@ Running sequences decode one token a step; what is left of the token budget goes
 first served. When pages run out, the sequence admitted last gives its pages up and is computed again later. What is
 known of running sequences lies in NumPy rows, so a step costs a few vectorised operations whatever the contexts'
 lengths. No torch here.
+
+A step may be planned while the one before it still runs (`commit` brings its tokens later). What its tokens decide,
+such as an end token, is then noticed one step late, and the token drawn in between is dropped.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import numpy as np
 
 from specialize.errors import InputError
 
 from .pages import PageAllocator, page_key
-
-if TYPE_CHECKING:
-    from .sampler import SamplingParams
+from .rows import UNKNOWN, Chunk, Rows, Sequence, StepPlan
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class EngineConfig:
     page_size: tokens in a page. max_batch_tokens: tokens of one step (decodes and prompt chunks together).
     max_sequences: sequences that run at once. memory_bytes: for the KV cache; num_pages overrides it.
     max_context: longest prompt plus output, at most the model's own. prefix_cache: reuse pages of equal prefixes.
+    overlap: launch a step before the tokens of the one before it are read (on a GPU, unless said otherwise).
     """
 
     page_size: int = 16
@@ -38,6 +39,7 @@ class EngineConfig:
     memory_bytes: int | None = None
     max_context: int | None = None
     prefix_cache: bool = True
+    overlap: bool | None = None
 
     def __post_init__(self) -> None:
         if self.page_size < 1:
@@ -51,74 +53,6 @@ class EngineConfig:
                 f"engine: max_batch_tokens is {self.max_batch_tokens}; "
                 f"allowed: from max_sequences, {self.max_sequences}, on"
             )
-
-
-@dataclass(eq=False)
-class Sequence:
-    """One sample of one request on its way. Only the scheduler changes it."""
-
-    request_id: int
-    index: int
-    params: SamplingParams
-    tokens: np.ndarray  # i32; the prompt, and after a preemption what was generated so far
-    num_prompt: int
-    stream_key: int
-    adapter_id: int = -1
-    cache_salt: bytes = b""  # names what, beside the tokens, the KV values depend on
-    row: int = -1
-    num_tokens: int = 0
-    num_computed: int = 0
-    num_cached: int = 0  # prompt tokens found in the prefix cache at first admission
-    pages: list[int] = field(default_factory=list)
-    page_keys: list[bytes] = field(default_factory=list)
-    finish_reason: str | None = None
-    num_preemptions: int = 0
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Tokens ``start:stop`` of a sequence whose keys and values are not in the cache yet."""
-
-    sequence: Sequence
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """One step: the decodes' rows in order, then the chunks. ``sampled`` lists who gets a token, in batch order."""
-
-    decodes: list[Sequence]
-    decode_rows: np.ndarray  # i64
-    chunks: list[Chunk]
-    sampled: list[Sequence]
-    sampled_rows: np.ndarray  # i64
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.decodes) + sum(c.stop - c.start for c in self.chunks)
-
-
-class Rows:
-    """Per running sequence: tokens, page table and sampling settings, one row each."""
-
-    def __init__(self, num_rows: int, max_context: int, page_size: int) -> None:
-        self.page_size = page_size
-        self.tokens = np.zeros((num_rows, max_context + 1), np.int32)
-        self.page_table = np.zeros((num_rows, -(-max_context // page_size)), np.int32)
-        self.num_tokens = np.zeros(num_rows, np.int64)
-        self.num_prompt = np.zeros(num_rows, np.int64)
-        self.num_pages = np.zeros(num_rows, np.int64)
-        self.max_tokens = np.zeros(num_rows, np.int64)  # of prompt and output together
-        self.stop_at_end = np.zeros(num_rows, bool)
-        self.stream_key = np.zeros(num_rows, np.int64)
-        self.temperature = np.zeros(num_rows, np.float32)
-        self.top_k = np.zeros(num_rows, np.int32)
-        self.top_p = np.ones(num_rows, np.float32)
-        self.min_p = np.zeros(num_rows, np.float32)
-        self.repetition_penalty = np.ones(num_rows, np.float32)
-        self.num_logprobs = np.full(num_rows, -1, np.int32)
-        self.adapter_id = np.full(num_rows, -1, np.int32)
 
 
 class Scheduler:
@@ -143,10 +77,11 @@ class Scheduler:
         self.max_context = max_context
         self.prefix_cache = prefix_cache
         self.rows = Rows(max_sequences, max_context, allocator.page_size)
-        self.end_ids = np.asarray(sorted(end_ids), np.int64)
+        self.end_ids = tuple(sorted(end_ids))
         self.num_preemptions = 0
+        self._num_in_flight = 0  # steps planned whose tokens are not known
+        self._num_admitted = 0
         self._free_rows = list(range(max_sequences - 1, -1, -1))
-        self._by_row: list[Sequence | None] = [None] * max_sequences
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # by admission
         self._decodes: list[Sequence] = []
@@ -170,8 +105,20 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         self._waiting.append(sequence)
 
+    def must_commit(self) -> bool:
+        """Whether `schedule` has to wait for tokens in flight: pages are short, and only a sequence whose tokens are
+        all known can be preempted."""
+        if not self._num_in_flight:
+            return False
+        self._drop_spent()
+        return int(self._lacks_page().sum()) > self.allocator.num_available
+
     def schedule(self) -> StepPlan | None:
-        """The next step, or None when nothing is left. Pages of the plan are held and, where full, findable."""
+        """The next step, or None when nothing can run (before `commit`, if tokens are in flight, else for good).
+
+        Pages of the plan are held and, where full, findable.
+        """
+        self._drop_spent()
         preempted = self._give_decodes_pages()
         self._collect_decode_rows()
         budget = self.max_batch_tokens - len(self._decodes)
@@ -185,49 +132,53 @@ class Scheduler:
                 break
             budget -= self._take_chunk(self._waiting.popleft(), budget, chunks)
         if not self._decodes and not chunks:
-            if self._waiting:
+            if self._waiting and not self._running:
                 raise RuntimeError("the KV cache's pages are all held by other streams of this generator")
             return None
-        ending = [c.sequence for c in chunks if c.stop == c.sequence.num_tokens]
-        sampled_rows = self._decode_rows
-        if ending:
-            sampled_rows = np.concatenate([sampled_rows, np.fromiter((s.row for s in ending), np.int64, len(ending))])
-        return StepPlan(list(self._decodes), self._decode_rows, chunks, self._decodes + ending, sampled_rows)
+        return self._plan(chunks)
 
-    def commit(self, plan: StepPlan, token_ids: np.ndarray) -> list[Sequence]:
-        """Appends the tokens drawn, i64 in the order of ``plan.sampled``. Returns those that are finished by it; their
-        rows stay readable until ``retire``."""
-        rows = self.rows
-        for chunk in plan.chunks:
-            sequence = chunk.sequence
-            if chunk.stop == sequence.num_tokens:
-                self._prefills.remove(sequence)
-                self._decodes.append(sequence)
-                self._dirty = True
-        ids = plan.sampled_rows
-        lens = rows.num_tokens[ids]
-        rows.tokens[ids, lens] = token_ids
-        lens += 1
-        rows.num_tokens[ids] = lens
-        at_end = rows.stop_at_end[ids] & np.isin(token_ids, self.end_ids)
-        done = at_end | (lens >= rows.max_tokens[ids])
+    def commit(self, plan: StepPlan, token_ids: np.ndarray) -> tuple[np.ndarray, list[Sequence]]:
+        """Takes the tokens drawn, i64 in the order of ``plan.sampled``.
+
+        Returns which of them count, bool (not those of sequences that were found finished in the meantime), and the
+        sequences that they finish, whose rows stay readable until `retire`.
+        """
+        self._num_in_flight -= 1
+        rows, ids, at = self.rows, plan.sampled_rows, plan.sampled_at
+        kept = rows.serial[ids] == plan.serials
+        at_end = kept & rows.stop_at_end[ids] & self._is_end(token_ids)
+        done = at_end | (kept & (at + 1 >= rows.max_tokens[ids]))
+        if not kept.all():
+            ids, at, token_ids = ids[kept], at[kept], token_ids[kept]
+        rows.tokens[ids, at] = token_ids
+        rows.num_known[ids] = at + 1
         finished = []
         for i in np.flatnonzero(done).tolist():
             sequence = plan.sampled[i]
             sequence.finish_reason = "stop" if at_end[i] else "length"
             finished.append(sequence)
-        return finished
+        return kept, finished
+
+    def roll_back(self, plan: StepPlan) -> None:
+        """The plan's step did not happen. No later step may be in flight."""
+        self._num_in_flight -= 1
+        ids = plan.sampled_rows[self.rows.serial[plan.sampled_rows] == plan.serials]
+        self.rows.num_tokens[ids] = self.rows.num_known[ids]
 
     def generated(self, sequence: Sequence) -> np.ndarray:
-        """Tokens generated so far by a running sequence, i32."""
-        return self.rows.tokens[sequence.row, sequence.num_prompt : self.rows.num_tokens[sequence.row]]
+        """Known tokens generated by a running sequence, i32."""
+        return self.rows.tokens[sequence.row, sequence.num_prompt : self.rows.num_known[sequence.row]]
+
+    def cut(self, sequence: Sequence, num_tokens: int) -> None:
+        """Forgets what a running sequence, about to retire, holds beyond its first tokens."""
+        self.rows.num_known[sequence.row] = num_tokens
 
     def retire(self, sequence: Sequence) -> None:
         """Takes a running sequence out, finished or given up."""
         self._leave(sequence)
 
     def preempt_all(self) -> None:
-        """Every running sequence waits again, to be computed anew in the same order."""
+        """Every running sequence waits again, to be computed anew in the same order. No tokens may be in flight."""
         for sequence in reversed(self._running.copy()):
             self._preempt(sequence)
 
@@ -244,10 +195,43 @@ class Scheduler:
             self._leave(sequence)
         self._waiting.clear()
 
+    def _plan(self, chunks: list[Chunk]) -> StepPlan:
+        """Puts decodes and chunks together and counts the tokens that they will bring."""
+        rows, decode_rows = self.rows, self._decode_rows
+        decodes = self._decodes.copy()
+        ending = [c.sequence for c in chunks if c.num_draws]
+        sampled_rows = decode_rows
+        if ending:
+            sampled_rows = np.concatenate([decode_rows, np.fromiter((s.row for s in ending), np.int64, len(ending))])
+            for sequence in ending:
+                self._prefills.remove(sequence)
+            self._decodes += ending
+            self._dirty = True
+        sampled_at = rows.num_tokens[sampled_rows]
+        rows.tokens[sampled_rows, sampled_at] = UNKNOWN
+        rows.num_tokens[sampled_rows] = sampled_at + 1
+        self._num_in_flight += 1
+        return StepPlan(
+            decodes=decodes,
+            decode_rows=decode_rows,
+            decode_at=sampled_at[: len(decodes)] - 1,
+            chunks=chunks,
+            sampled=decodes + ending,
+            sampled_rows=sampled_rows,
+            sampled_at=sampled_at,
+            serials=rows.serial[sampled_rows],
+        )
+
+    def _is_end(self, token_ids: np.ndarray) -> np.ndarray:
+        found = np.zeros(len(token_ids), bool)
+        for end_id in self.end_ids:
+            found |= token_ids == end_id
+        return found
+
     def _take_chunk(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
         start = sequence.num_computed
         stop = min(start + budget, sequence.num_tokens)
-        chunks.append(Chunk(sequence, start, stop))
+        chunks.append(Chunk(sequence, start, stop, num_draws=int(stop == sequence.num_tokens)))
         sequence.num_computed = stop
         if self.prefix_cache:
             # Findable before it is computed: keys and values of a layer are written ahead of its attention, for the
@@ -255,6 +239,7 @@ class Scheduler:
             size = self.allocator.page_size
             for page_id in range(start // size, stop // size):
                 self.allocator.publish(sequence.pages[page_id], sequence.page_keys[page_id])
+            self.rows.num_published[sequence.row] = stop // size
         return stop - start
 
     def _admit(self, sequence: Sequence) -> bool:
@@ -279,7 +264,6 @@ class Scheduler:
         if sequence.num_preemptions == 0:
             sequence.num_cached = sequence.num_computed
         sequence.row = self._free_rows.pop()
-        self._by_row[sequence.row] = sequence
         self._fill_row(sequence)
         self._running.append(sequence)
         self._prefills.append(sequence)
@@ -289,7 +273,9 @@ class Scheduler:
         rows, row, params = self.rows, sequence.row, sequence.params
         rows.tokens[row, : sequence.num_tokens] = sequence.tokens
         rows.page_table[row, : len(sequence.pages)] = sequence.pages
-        rows.num_tokens[row] = sequence.num_tokens
+        rows.serial[row] = self._num_admitted
+        self._num_admitted += 1
+        rows.num_tokens[row] = rows.num_known[row] = sequence.num_tokens
         rows.num_prompt[row] = sequence.num_prompt
         rows.num_pages[row] = len(sequence.pages)
         rows.max_tokens[row] = min(sequence.num_prompt + params.max_tokens, self.max_context)
@@ -303,18 +289,27 @@ class Scheduler:
         rows.num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
         rows.adapter_id[row] = sequence.adapter_id
 
+    def _drop_spent(self) -> None:
+        """A sequence whose last token is being drawn decodes no more."""
+        self._collect_decode_rows()
+        spent = self.rows.num_tokens[self._decode_rows] >= self.rows.max_tokens[self._decode_rows]
+        if spent.any():
+            self._decodes = [s for s, over in zip(self._decodes, spent.tolist(), strict=True) if not over]
+            self._dirty = True
+            self._collect_decode_rows()
+
+    def _lacks_page(self) -> np.ndarray:
+        """Which decodes have no page for the token that is to be run, bool."""
+        rows, ids = self.rows, self._decode_rows
+        return rows.num_tokens[ids] > rows.num_pages[ids] * self.allocator.page_size
+
     def _give_decodes_pages(self) -> bool:
         """Each decode's next position gets a page, by preemption if need be. True if any sequence was preempted."""
         rows, size = self.rows, self.allocator.page_size
-        self._collect_decode_rows()
         if not self._decodes:
             return False
-        position = rows.num_tokens[self._decode_rows] - 1
-        needy = [
-            self._decodes[i] for i in np.flatnonzero(position >= rows.num_pages[self._decode_rows] * size).tolist()
-        ]
         preempted = False
-        for sequence in needy:
+        for sequence in [self._decodes[i] for i in np.flatnonzero(self._lacks_page()).tolist()]:
             if sequence.row < 0:
                 continue  # preempted for another one
             page = self.allocator.allocate(1)
@@ -330,10 +325,10 @@ class Scheduler:
                 rows.num_pages[sequence.row] += 1
                 sequence.pages += page
         if self.prefix_cache:
-            filled = (position + 1) % size == 0
-            if filled.any():
-                for row, at in zip(self._decode_rows[filled].tolist(), position[filled].tolist(), strict=True):
-                    self._publish_decoded(row, at // size)
+            self._collect_decode_rows()
+            full = rows.num_known[self._decode_rows] // size
+            for i in np.flatnonzero(full > rows.num_published[self._decode_rows]).tolist():
+                self._publish_decoded(self._decodes[i], int(full[i]))
         return preempted
 
     def _collect_decode_rows(self) -> None:
@@ -341,12 +336,13 @@ class Scheduler:
             self._decode_rows = np.fromiter((s.row for s in self._decodes), np.int64, len(self._decodes))
             self._dirty = False
 
-    def _publish_decoded(self, row: int, page_id: int) -> None:
-        sequence = self._by_row[row]
-        if sequence is None:
-            return
-        self._extend_keys(sequence, self.rows.tokens[row], page_id + 1)
-        self.allocator.publish(sequence.pages[page_id], sequence.page_keys[page_id])
+    def _publish_decoded(self, sequence: Sequence, num_full: int) -> None:
+        """Makes pages of generated tokens findable: all their tokens are known, and run by this step at the latest."""
+        row = sequence.row
+        self._extend_keys(sequence, self.rows.tokens[row], num_full)
+        for page_id in range(int(self.rows.num_published[row]), num_full):
+            self.allocator.publish(sequence.pages[page_id], sequence.page_keys[page_id])
+        self.rows.num_published[row] = num_full
 
     def _extend_keys(self, sequence: Sequence, tokens: np.ndarray, count: int) -> None:
         size, keys = self.allocator.page_size, sequence.page_keys
@@ -356,7 +352,7 @@ class Scheduler:
             keys.append(previous)
 
     def _preempt(self, sequence: Sequence) -> None:
-        sequence.tokens = self.rows.tokens[sequence.row, : self.rows.num_tokens[sequence.row]].copy()
+        sequence.tokens = self.rows.tokens[sequence.row, : self.rows.num_known[sequence.row]].copy()
         sequence.num_preemptions += 1
         self.num_preemptions += 1
         self._leave(sequence)
@@ -367,10 +363,10 @@ class Scheduler:
         if sequence in self._decodes:
             self._decodes.remove(sequence)
             self._dirty = True
-        else:
+        elif sequence in self._prefills:
             self._prefills.remove(sequence)
         self.allocator.release(sequence.pages)
         self._free_rows.append(sequence.row)
-        self._by_row[sequence.row] = None
+        self.rows.serial[sequence.row] = -1
         sequence.pages = []
         sequence.row = -1

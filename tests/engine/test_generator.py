@@ -107,6 +107,7 @@ def test_greedy_equals_naive_token_for_token(built, adapter_folders, data):
         max_batch_tokens=max_sequences + data.draw(st.integers(0, 40)),
         num_pages=data.draw(st.integers(shortest, 2 * shortest)),
         prefix_cache=data.draw(st.booleans()),
+        overlap=data.draw(st.booleans()),
     )
     shared = data.draw(st.sampled_from([0, 0, 11, 20]))
     prompts = prompts_of(data.draw(st.integers(0, 99)), data.draw(st.integers(1, 8)), 24, shared)
@@ -130,10 +131,11 @@ def test_page_shortage_preempts_and_changes_nothing(model):
     prompts = prompts_of(1, 6, 20)
     params = SamplingParams(max_tokens=25, temperature=0.9, ignore_eos=True)
     plenty = Generator(model).generate(prompts, params)
-    scarce = Generator(model, None, EngineConfig(page_size=4, num_pages=17, max_sequences=6))
-    assert [c.token_ids for c in scarce.generate(prompts, params)] == [c.token_ids for c in plenty]
-    assert scarce.stats.preemptions > 0
-    assert_all_free(scarce)
+    for overlap in (False, True):
+        scarce = Generator(model, None, EngineConfig(page_size=4, num_pages=17, max_sequences=6, overlap=overlap))
+        assert [c.token_ids for c in scarce.generate(prompts, params)] == [c.token_ids for c in plenty]
+        assert scarce.stats.preemptions > 0
+        assert_all_free(scarce)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -149,7 +151,7 @@ def test_samples_are_the_same_alone_and_in_a_batch(model, seed, budget, page_siz
         )
         for _ in prompts
     ]  # fmt: skip
-    config = EngineConfig(page_size=page_size, max_batch_tokens=budget, max_sequences=6)
+    config = EngineConfig(page_size=page_size, max_batch_tokens=budget, max_sequences=6, overlap=bool(seed % 2))
     together = Generator(model, None, config).generate(prompts, params)
     for number, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
         [alone] = Generator(model).generate([prompt], param, request_ids=[number])
@@ -193,21 +195,25 @@ def test_cached_pages_belong_to_one_adapter(model, adapter_folders):
     assert generator.generate(prompt, GREEDY, adapter="a")[0].token_ids not in (base, adapted)
 
 
-def test_end_tokens_stop_and_stay_out_of_the_text(model, tokenizer):
+@pytest.mark.parametrize("overlap", [False, True])
+def test_end_tokens_stop_and_stay_out_of_the_text(model, tokenizer, overlap):
     prompt = [5, 6, 7]
     free = Generator(model, tokenizer).generate([prompt], GREEDY)[0].token_ids
-    generator = Generator(model, tokenizer)
+    generator = Generator(model, tokenizer, EngineConfig(overlap=overlap))
     generator._end_ids = (free[4],)
     params = SamplingParams(max_tokens=10, temperature=0)
     [done] = generator.generate([prompt], params)
     expected = naive_generate(model, prompt, params, tokenizer=tokenizer, eos_ids=[free[4]])
     assert done == expected
     assert done.finish_reason == "stop" and done.token_ids[-1] == free[4]
+    assert generator.stats.dropped_tokens == overlap  # the one drawn before the end was noticed
     assert generator.generate([prompt], GREEDY)[0].token_ids == free
+    assert generator.stats.generated_tokens == len(done.token_ids) + len(free)
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("streaming", [False, True])
-def test_stop_strings_across_token_borders(model, pairs, streaming):
+def test_stop_strings_across_token_borders(model, pairs, streaming, overlap):
     rng = random.Random(0)
     params = SamplingParams(max_tokens=20, temperature=1.0, ignore_eos=True)
     for _ in range(12):
@@ -218,7 +224,7 @@ def test_stop_strings_across_token_borders(model, pairs, streaming):
         stops = (text[first : first + rng.randint(1, 7)], "never there", text[second : second + 3] + "z")
         cut = text[: text.find(stops[0])]
         stopping = SamplingParams(max_tokens=20, temperature=1.0, ignore_eos=True, stop=stops)
-        generator = Generator(model, pairs)
+        generator = Generator(model, pairs, EngineConfig(overlap=overlap))
         if streaming:
             assert "".join(generator.stream(prompt, stopping)) == cut
         else:
@@ -352,8 +358,9 @@ def test_an_interrupted_step_leaves_nothing_to_be_found(model, monkeypatch):
     assert [c.token_ids for c in generator.generate(prompts, GREEDY)] == [c.token_ids for c in truth]
 
 
-def test_device_memory_running_out_shrinks_the_steps(model, monkeypatch):
-    generator = Generator(model, None, EngineConfig(max_batch_tokens=64, max_sequences=4))
+@pytest.mark.parametrize("overlap", [False, True])
+def test_device_memory_running_out_shrinks_the_steps(model, monkeypatch, overlap):
+    generator = Generator(model, None, EngineConfig(max_batch_tokens=64, max_sequences=4, overlap=overlap))
     prompts = prompts_of(9, 5, 30)
     truth = Generator(model).generate(prompts, GREEDY)
     forward = Model.forward
@@ -367,6 +374,17 @@ def test_device_memory_running_out_shrinks_the_steps(model, monkeypatch):
     done = generator.generate(prompts, GREEDY)
     assert [c.token_ids for c in done] == [c.token_ids for c in truth]
     assert generator.stats.out_of_memory == 2 and generator.max_batch_tokens == 16
+
+
+def test_warming_up_is_timed_apart_and_leaves_no_trace(model):
+    generator = Generator(model, None, EngineConfig(page_size=4))
+    caches = [tensor for i in range(LLAMA.num_layers) for tensor in generator.cache.layer(i)]
+    assert generator.warm_up() > 0
+    assert all(not tensor.any() for tensor in caches)
+    assert generator.stats.warmup_seconds > 0 and generator.stats.seconds == 0 == generator.stats.steps
+    before = generator.stats.warmup_seconds
+    generator.generate([[1, 2, 3]], GREEDY)
+    assert generator.stats.warmup_seconds == before and generator.stats.seconds > 0
 
 
 def test_devices_and_dtypes_by_name():

@@ -18,20 +18,35 @@ def sequence(number: int, tokens: list[int], max_tokens: int = 4) -> Sequence:
     return Sequence(number, 0, params, np.asarray(tokens, np.int32), len(tokens), stream_key=number)
 
 
-def drive(scheduler: Scheduler, steps: list | None = None) -> dict[int, list[int]]:
-    """Runs to the end with a made-up model whose next token is a function of the tokens so far."""
-    outputs = {}
-    while (plan := scheduler.schedule()) is not None:
-        scheduler.allocator.check()
-        assert 0 < plan.num_tokens <= scheduler.max_batch_tokens
-        if steps is not None:
-            steps.append(plan)
-        rows = scheduler.rows
-        drawn = [int(rows.tokens[s.row, : rows.num_tokens[s.row]].sum() % 89) for s in plan.sampled]
-        for done in scheduler.commit(plan, np.asarray(drawn, np.int64)):
+def drive(scheduler: Scheduler, steps: list | None = None, *, late: bool = False) -> dict[int, list[int]]:
+    """Runs to the end with a made-up model whose next token is a function of the tokens so far. With ``late`` a step is
+    planned before the tokens of the one before it are known."""
+    outputs: dict[int, list[int]] = {}
+    flying: list = []
+
+    def land() -> None:
+        plan, rows = flying.pop(0), scheduler.rows
+        drawn = [
+            int(rows.tokens[row, :at].sum() % 89) for row, at in zip(plan.sampled_rows, plan.sampled_at, strict=True)
+        ]
+        for done in scheduler.commit(plan, np.asarray(drawn, np.int64))[1]:
             outputs[done.request_id] = scheduler.generated(done).tolist()
             scheduler.retire(done)
-    return outputs
+
+    while True:
+        if flying and scheduler.must_commit():
+            land()
+        plan = scheduler.schedule()
+        scheduler.allocator.check()
+        if plan is not None:
+            assert 0 < plan.num_tokens <= scheduler.max_batch_tokens
+            flying.append(plan)
+            if steps is not None:
+                steps.append(plan)
+        if plan is None and not flying:
+            return outputs
+        if len(flying) > (late and plan is not None):
+            land()
 
 
 def expected(tokens: list[int], count: int) -> list[int]:
@@ -58,7 +73,7 @@ def test_all_is_served_whatever_the_limits(data):
     counts = [data.draw(st.integers(1, 12)) for _ in prompts]
     for number, (prompt, count) in enumerate(zip(prompts, counts, strict=True)):
         scheduler.add(sequence(number, prompt, count))
-    outputs = drive(scheduler)
+    outputs = drive(scheduler, late=data.draw(st.booleans()))
     for number, (prompt, count) in enumerate(zip(prompts, counts, strict=True)):
         assert outputs[number] == expected(prompt, min(count, context - len(prompt)))
     assert allocator.num_held == 0 and scheduler.num_running == scheduler.num_waiting == 0
