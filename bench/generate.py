@@ -6,6 +6,7 @@ and the peer take turns, and medians are reported. ``--suite gpu`` runs random w
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -28,6 +29,7 @@ from specialize.errors import InputError
 from ..engine.config import ModelConfig
 from ..engine.generator import Generator, Stats, choose_device, choose_dtype
 from ..engine.model import Model
+from ..engine.runner import Runner
 from ..engine.sampler import SamplingParams
 from ..engine.scheduler import EngineConfig
 from .environment import ceilings, environment
@@ -237,7 +239,7 @@ def compare(
             "load", path=str(path), dtype=dtype, device=place, threads=torch.get_num_threads()
         )["version"]
     generator = load_generator(model, dtype, place, config)
-    generator.generate(workload.prompts[:2], SamplingParams(max_tokens=4, ignore_eos=True))  # compiles and packs
+    generator.warm_up()
     ours, theirs = [], []
     try:
         for _ in range(repeats):
@@ -269,35 +271,29 @@ def compare(
 
 
 def split_step(generator: Generator, workload: Workload, steps: int = 24) -> dict[str, float]:
-    """Milliseconds of a decode step, and of the time in it that the GPU has nothing to do (host work between steps)."""
-    original = generator._forward
-    whole: list[float] = []
-    busy: list[float] = []
-    last_end: list[float] = []
+    """Milliseconds of a decode step, and of the time between two of them that the GPU has nothing to do."""
+    launch = Runner.launch
+    events: list[tuple[torch.cuda.Event, torch.cuda.Event] | None] = []
 
-    def timed(scheduler: Any, outputs: Any, plan: Any) -> Any:
+    def timed(runner: Runner, plan: Any, rows: Any) -> Any:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        result = original(scheduler, outputs, plan)
+        result = launch(runner, plan, rows)
         stop.record()
-        stop.synchronize()
-        now = time.perf_counter()
-        if plan.chunks:
-            last_end.clear()
-            return result
-        if last_end:
-            whole.append(now - last_end[0])
-            busy.append(start.elapsed_time(stop) / 1e3)
-        last_end[:] = [now]
+        events.append(None if plan.chunks else (start, stop))
         return result
 
-    generator._forward = timed  # type: ignore[method-assign]
+    Runner.launch = timed  # type: ignore[method-assign]
     try:
         generator.generate(workload.prompts, SamplingParams(max_tokens=steps, temperature=0.7, ignore_eos=True))
     finally:
-        generator._forward = original  # type: ignore[method-assign]
-    step = statistics.median(whole)
-    return {"step_ms": 1e3 * step, "host_ms": 1e3 * (step - statistics.median(busy))}
+        Runner.launch = launch  # type: ignore[method-assign]
+    torch.cuda.synchronize()
+    pairs = [(a, b) for a, b in itertools.pairwise(events) if a is not None and b is not None]
+    return {
+        "step_ms": statistics.median(a[1].elapsed_time(b[1]) for a, b in pairs),
+        "idle_ms": statistics.median(a[1].elapsed_time(b[0]) for a, b in pairs),
+    }
 
 
 GPU_CASES = (
@@ -363,7 +359,7 @@ def format_row(row: dict[str, Any]) -> str:
     if "share" in row:
         text += f"  floor {row['floor_seconds']:.2f} s ({100 * row['share']:.0f} %)"
     if "step_ms" in row:
-        text += f"  step {row['step_ms']:.2f} ms, host {row['host_ms']:.2f} ms"
+        text += f"  step {row['step_ms']:.2f} ms, idle {row['idle_ms']:.2f} ms"
     if "times_peer" in row:
         text += f"  {row['peer']} {row['peer_seconds']:.2f} s: {row['times_peer']:.2f} times"
     return text

@@ -62,4 +62,15 @@ def _untraced_batch(num_decodes: int, chunk: int, device: torch.device, page_siz
         "context_lens": lens,
         "page_table": np.zeros((len(lens), -(-longest // page_size)), np.int32),
     }
-    return Batch(**upload(arrays, device), max_query_len=longest, max_context_len=longest, num_decodes=num_decodes)
+    tensors = upload(arrays, device)
+    return Batch(
+        token_ids=tensors["token_ids"],
+        positions=tensors["positions"],
+        query_starts=tensors["query_starts"],
+        context_lens=tensors["context_lens"],
+        max_query_len=longest,
+        max_context_len=longest,
+        num_decodes=num_decodes,
+        slots=tensors["slots"],
+        page_table=tensors["page_table"],
+    )

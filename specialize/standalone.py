@@ -87,6 +87,7 @@ def generate_file(
     """Complete every prompt of a file; the output has the input's order, n lines a prompt. Returns the statistics."""
     prompts = read_prompts(prompts_file)
     check_writable(out)
+    generator.warm_up()
     started = time.perf_counter()
     with reporter.bar("generate", len(prompts) * params.n, "completions") as bar:
         completions = generator.generate(prompts, params, adapter=adapter, on_completion=lambda _: bar.advance())
