@@ -20,11 +20,13 @@ from specialize.errors import InputError
 
 from .adapter import AdapterPool, load_adapter, merge_adapter
 from .batch import Batch
-from .cache import KVCache, plan_pages
+from .cache import KVCache
 from .decode_graph import DecodeGraphs
 from .model import Model
 from .outputs import Outputs
 from .pages import PageAllocator
+from .plan import plan_on_device
+from .quantize import Quantization, agree, stored_quantization
 from .rows import Sequence as SequenceState
 from .rows import StepPlan
 from .runner import Draws, Runner
@@ -32,6 +34,7 @@ from .sampler import Completion, Request, SamplingParams, stream_key
 from .scheduler import EngineConfig, Scheduler
 from .spans import Span, no_span
 from .warm_up import warm_up
+from .weights import read_config
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
@@ -86,18 +89,14 @@ class Generator:
         self.model, self.tokenizer, self._span = model, tokenizer, span
         self.config = config = config or EngineConfig()
         on_gpu = model.device.type == "cuda"
-        self.max_sequences = config.max_sequences or min(256 if on_gpu else 64, config.max_batch_tokens or 1 << 30)
-        self.max_batch_tokens = config.max_batch_tokens or max(8192 if on_gpu else 1024, self.max_sequences)
-        if self.max_batch_tokens < self.max_sequences:
-            raise InputError(
-                f"engine: max_batch_tokens is {self.max_batch_tokens}; allowed: {self.max_sequences} or more"
-            )
-        max_context = min(config.max_context or model.config.max_context, model.config.max_context)
-        num_pages = plan_pages(
-            model.config, config, max_batch_tokens=self.max_batch_tokens, max_sequences=self.max_sequences,
-            max_context=max_context, dtype=model.dtype, device=model.device,
-        )  # fmt: skip
-        self.max_context = min(max_context, num_pages * config.page_size)
+        self.plan = plan_on_device(
+            model.config, config, dtype=model.dtype, device=model.device, quantization=model.quantization, loaded=True
+        ).require()
+        if not self.plan.packed_bytes:
+            model.keep_unpacked()
+        self.max_sequences, self.max_batch_tokens = self.plan.max_sequences, self.plan.max_batch_tokens
+        num_pages = self.plan.num_pages
+        self.max_context = min(self.plan.max_context, num_pages * config.page_size)
         self.allocator = PageAllocator(num_pages, config.page_size)
         self.cache = KVCache(model.config, num_pages, config.page_size, model.dtype, model.device)
         self._graphs = DecodeGraphs(model, self.cache, self.max_context)
@@ -127,9 +126,16 @@ class Generator:
         from .tokenizer import Tokenizer
 
         device = choose_device(device)
-        model = Model.from_pretrained(
-            path, dtype=choose_dtype(dtype, device), device=device, inference=True, quantize=quantize
-        )
+        dtype = choose_dtype(dtype, device)
+        plan_on_device(
+            read_config(path),
+            config or EngineConfig(),
+            dtype=dtype,
+            device=device,
+            model=Path(path).name,
+            quantization=agree(Quantization.parse(quantize), stored_quantization(path), path),
+        ).require()  # before minutes of loading
+        model = Model.from_pretrained(path, dtype=dtype, device=device, inference=True, quantize=quantize)
         tokenizer = Tokenizer.from_pretrained(path)
         tokenizer.check_vocabulary(model.config)
         if merge is not None:

@@ -26,7 +26,6 @@ from ..kernels.quantized_linear import QuantizedWeight, dequantize
 from ..kernels.rmsnorm import rmsnorm
 from ..kernels.rope import rope
 from .batch import Batch
-from .cache import available_memory_bytes
 from .config import ModelConfig
 from .layout import (
     EMBEDDING,
@@ -40,6 +39,7 @@ from .layout import (
     top_path,
 )
 from .linear import Linear
+from .memory import available_memory_bytes
 from .quantize import (
     HEAD_PATH,
     Quantization,
@@ -245,6 +245,11 @@ class Model:
         return Model(
             config, tensors, dtype=dtype, device=device, inference=inference, backend=backend, quantization=quantization
         )
+
+    def keep_unpacked(self) -> None:
+        """Makes no packed copies of weights from here on: for a memory cap that has no room for them."""
+        for linear in (*(adapted.linear for adapted in self._adaptable), self.head):
+            linear.prepack = False
 
     @property
     def adaptable(self) -> tuple[AdaptedLinear, ...]:

@@ -27,7 +27,8 @@ class EngineConfig:
     """Limits of a generator. None means: chosen from the model and from what the machine has.
 
     page_size: tokens in a page. max_batch_tokens: tokens of one step (decodes and prompt chunks together).
-    max_sequences: sequences that run at once. memory_bytes: for the KV cache; num_pages overrides it.
+    max_sequences: sequences that run at once. memory_bytes: cap for everything that this process takes on the device
+    (on a CPU its resident set, on CUDA torch's pool and the context); num_pages sets the KV cache's size regardless.
     max_context: longest prompt plus output, at most the model's own. prefix_cache: reuse pages of equal prefixes.
     overlap: launch a step before the tokens of the one before it are read (on a GPU, unless said otherwise).
     """

@@ -145,6 +145,16 @@ def _some(names: list[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + more
 
 
+def read_config(path: str | Path) -> ModelConfig:
+    """The config of a Hugging Face folder or a ``.gguf`` file, from its header alone."""
+    path = Path(path)
+    if path.suffix == ".gguf":
+        from .gguf import GGUFFile
+
+        return GGUFFile(path).config
+    return ModelConfig.from_folder(path)
+
+
 def open_checkpoint(path: str | Path) -> tuple[ModelConfig, Mapping[str, torch.Tensor]]:
     """Config and tensors of a Hugging Face folder or a ``.gguf`` file, checked against each other.
 
