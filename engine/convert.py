@@ -140,6 +140,27 @@ def convert(
     )
 
 
+def save_model(model: Any, target: str | Path, *, source: str | Path | None = None) -> Path:
+    """Writes the weights that a dense `Model` holds, in its number format, as a new folder that transformers loads.
+
+    ``source``, the folder or ``.gguf`` file that the model came from, gives config and tokenizer; without it there is a
+    config alone.
+    """
+    source = None if source is None else Path(source)
+    tensors = {name: tensor.detach() for name, tensor in model.tensors()}
+
+    def companions(folder: Path) -> None:
+        if source is not None and source.is_dir():
+            _copy_companions(source, folder, model.dtype)
+            return
+        raw = {**model.config.to_dict(), "dtype": str(model.dtype).removeprefix("torch.")}
+        _write_config(folder, raw, None)
+        if source is not None:
+            tokenizer_from_gguf(GGUFFile(source).metadata, str(source)).save(folder)
+
+    return write_folder(target, tensors, {name: t.nbytes for name, t in tensors.items()}, companions)
+
+
 def write_folder(
     target: str | Path,
     tensors: Mapping[str, torch.Tensor],

@@ -1,4 +1,4 @@
-"""LoRA tuning of a frozen base: rows of token ids in, an adapter folder out. `tune` is the whole job."""
+"""Tuning: rows of token ids in, an adapter folder or a checkpoint out. `tune` is the whole job."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .config import StepReport, TrainConfig, TrainResult
     from .data import TrainExample, encode_examples
-    from .loop import StepReport, TrainConfig, TrainResult, tune
+    from .loop import tune
     from .lora import TrainableLora
 
 _HOMES = {
-    "StepReport": "loop",
-    "TrainConfig": "loop",
+    "StepReport": "config",
+    "TrainConfig": "config",
     "TrainExample": "data",
-    "TrainResult": "loop",
+    "TrainResult": "config",
     "TrainableLora": "lora",
     "encode_examples": "data",
     "tune": "loop",

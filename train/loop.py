@@ -1,4 +1,4 @@
-"""The one training loop: LoRA on a frozen base, from rows of token ids to an adapter folder.
+"""The one training loop, from rows of token ids to an adapter folder, or a whole checkpoint where all is trained.
 
 Every optimizer step takes ``batch_size`` rows, packs them into micro-batches, sums their gradients in fp32 and updates
 one flat fp32 parameter. The place in the data, the learning rate and all randomness follow from the step number, so
@@ -24,9 +24,8 @@ from specialize.errors import InputError
 
 from ..kernels.cross_entropy import linear_cross_entropy
 from .checkpoint import load_checkpoint, save_checkpoint, write_atomic
+from .config import LossNotFiniteError, StepReport, TrainConfig, TrainResult
 from .data import (
-    LONG_EXAMPLES,
-    NORMALISATIONS,
     MicroBatch,
     TrainExample,
     build_micro_batches,
@@ -34,109 +33,17 @@ from .data import (
     fit_examples,
     step_indices,
 )
+from .full import FullParameters
 from .lora import TrainableLora
-from .schedule import SCHEDULES, learning_rate_factor
+from .parameters import Trainable
+from .rates import matrix_rate, step_operations
+from .schedule import learning_rate_factor
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 METRICS_FILE = "metrics.jsonl"
-ADAPTER_FILE = "adapter_model.safetensors"
+BEST_FILE = "best.safetensors"
 RESULT_FILE = "train.json"
 _WITHOUT_EFFECT = ("checkpoint_interval", "checkpoint_seconds")  # on what comes out: a run may go on with others
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Settings of a run. ``batch_size`` counts rows of an optimizer step, ``max_batch_tokens`` tokens of a micro-batch.
-
-    ``alpha`` None means twice the rank, ``max_length`` None the model's context or ``max_batch_tokens``, whichever is
-    smaller. ``normalise`` says whether each response token or each row has the same say in a step. ``val_interval`` and
-    ``checkpoint_interval`` count optimizer steps; 0 means only at the end of each epoch. A checkpoint is also written
-    when the last one is ``checkpoint_seconds`` old.
-    """
-
-    rank: int = 16
-    alpha: float | None = None
-    targets: str | tuple[str, ...] = "all"
-    rank_stabilized: bool = False
-    dropout: float = 0.0
-    learning_rate: float = 5e-4
-    schedule: str = "linear"
-    warmup_ratio: float = 0.03
-    min_learning_rate_ratio: float = 0.0
-    epochs: float = 3.0
-    max_steps: int | None = None
-    batch_size: int = 8
-    max_batch_tokens: int = 4096
-    max_length: int | None = None
-    long_examples: str = "truncate"
-    normalise: str = "tokens"
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    max_grad_norm: float = 1.0
-    z_loss: float = 0.0
-    val_fraction: float = 0.0
-    val_interval: int = 0
-    checkpoint_interval: int = 0
-    checkpoint_seconds: float = 60.0
-    checkpoint_layers: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
-        _require(self.schedule in SCHEDULES, "schedule", self.schedule, ", ".join(SCHEDULES))
-        _require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "from 0 to below 1")
-        _require(self.epochs > 0, "epochs", self.epochs, "above 0")
-        _require(self.max_steps is None or self.max_steps > 0, "max_steps", self.max_steps, "1 or more")
-        _require(self.batch_size > 0, "batch_size", self.batch_size, "1 or more")
-        _require(self.max_batch_tokens > 1, "max_batch_tokens", self.max_batch_tokens, "2 or more")
-        _require(self.max_length is None or self.max_length > 1, "max_length", self.max_length, "2 or more")
-        _require(self.long_examples in LONG_EXAMPLES, "long_examples", self.long_examples, ", ".join(LONG_EXAMPLES))
-        _require(self.normalise in NORMALISATIONS, "normalise", self.normalise, ", ".join(NORMALISATIONS))
-        _require(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "above 0 (inf: no clipping)")
-        _require(0 <= self.val_fraction < 1, "val_fraction", self.val_fraction, "from 0 to below 1")
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """One finished optimizer step. ``seconds`` and ``tokens_per_s`` are of the steps since the last report."""
-
-    step: int
-    num_steps: int
-    epoch: float
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    tokens: int
-    response_tokens: int
-    seconds: float
-    tokens_per_s: float
-    val_loss: float | None = None
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run did. ``losses`` holds one loss a step, ``val_losses`` (steps done, loss). Seconds are those of
-    training steps; loading, validation and checkpoints are left out, as is what an earlier, interrupted process
-    lost."""
-
-    adapter_path: Path
-    steps: int
-    tokens: int
-    response_tokens: int
-    seconds: float
-    tokens_per_s: float
-    losses: tuple[float, ...]
-    val_losses: tuple[tuple[int, float], ...]
-    grad_norms: tuple[float, ...] = ()
-    num_examples: int = 0
-    num_val_examples: int = 0
-    num_truncated: int = 0
-    num_dropped: int = 0
-    num_parameters: int = 0
-
-    def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "adapter_path": str(self.adapter_path)}
 
 
 @dataclass
@@ -146,6 +53,7 @@ class TrainState:
     step: int = 0
     tokens: int = 0
     response_tokens: int = 0
+    micro_batches: int = 0
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
@@ -160,18 +68,22 @@ def tune(
     *,
     val_examples: Sequence[TrainExample] | None = None,
     base_model: str | None = None,
+    source: str | Path | None = None,
     resume: bool = True,
     on_step: Callable[[StepReport], None] | None = None,
 ) -> TrainResult:
-    """Trains an adapter on ``examples`` and writes it to the folder ``out``, with metrics.jsonl beside it.
+    """Trains on ``examples`` and writes an adapter, or with method "full" a checkpoint, to the folder ``out``, with
+    metrics.jsonl beside it. ``base_model`` is the name that the adapter's file gives its base; ``source``, its folder or
+    file, lends a checkpoint its tokenizer. Method "full" changes ``model`` itself.
 
     With ``resume`` a run that was interrupted goes on from its checkpoint, and one that had ended returns its result at
-    once. Raises InputError for unusable rows or settings, and for a checkpoint made with others; FloatingPointError
+    once. Raises InputError for unusable rows or settings, and for a checkpoint made with others; LossNotFiniteError
     when the loss is no number, naming the rows, with the last good checkpoint kept.
     """
-    return Trainer(model, examples, config, out, val_examples=val_examples, base_model=base_model, on_step=on_step).run(
-        resume=resume
+    trainer = Trainer(
+        model, examples, config, out, val_examples=val_examples, base_model=base_model, source=source, on_step=on_step
     )
+    return trainer.run(resume=resume)
 
 
 class Trainer:
@@ -189,11 +101,12 @@ class Trainer:
         *,
         val_examples: Sequence[TrainExample] | None = None,
         base_model: str | None = None,
+        source: str | Path | None = None,
         on_step: Callable[[StepReport], None] | None = None,
         shuffle: bool = True,
     ) -> None:
         self.model, self.config, self.out, self.shuffle = model, config, Path(out), shuffle
-        self.base_model, self.on_step = base_model, on_step
+        self.base_model, self.source, self.on_step = base_model, source, on_step
         limit = min(config.max_length or config.max_batch_tokens, config.max_batch_tokens, model.config.max_context)
         fitted, self.fit = fit_examples(examples, max_length=limit, long_examples=config.long_examples)
         if val_examples is None:
@@ -210,22 +123,28 @@ class Trainer:
         if config.max_steps is not None:
             self.num_steps = min(self.num_steps, config.max_steps)
         self.num_warmup_steps = math.ceil(config.warmup_ratio * self.num_steps) if config.warmup_ratio else 0
-        self.lora = TrainableLora(
-            model, rank=config.rank, alpha=config.alpha, targets=config.targets, dropout=config.dropout,
-            rank_stabilized=config.rank_stabilized, seed=config.seed,
-        )  # fmt: skip
-        self.parameter = torch.nn.Parameter(self.lora.flat)
-        self.parameter.grad = self.lora.gradient
+        if (config.keep_best or config.patience) and not self.val_examples:
+            raise InputError("keep_best and patience need validation rows: set val_fraction above 0 or give some")
+        self.fingerprint = self._fingerprint()  # before full fine-tuning makes the weights its own
+        self.trainable = make_trainable(model, config)
+        self.parameters = []
+        for group in self.trainable.groups:
+            parameter = torch.nn.Parameter(self.trainable.flat[group.start : group.stop])
+            parameter.grad = self.trainable.gradient[group.start : group.stop]
+            self.parameters.append(parameter)
+        settings = [
+            {"params": [parameter], "weight_decay": config.weight_decay if group.decays else 0.0}
+            for parameter, group in zip(self.parameters, self.trainable.groups, strict=True)
+        ]
         self.optimizer = torch.optim.AdamW(
-            [self.parameter], lr=config.learning_rate, betas=config.betas, eps=config.eps,
-            weight_decay=config.weight_decay, fused=True,
-        )  # fmt: skip
+            settings, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True
+        )
         # fp16 gradients below 6e-8 vanish, so the loss is scaled; a step whose gradients overflow is skipped on the
         # device.
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16, init_scale=2.0**14)
         self.state = TrainState()
         self._saved_at = 0.0
-        self.fingerprint = self._fingerprint()
+        self._ahead: tuple[int, list[MicroBatch]] | None = None
 
     def run(self, *, resume: bool = True) -> TrainResult:
         """Trains to the end, from the checkpoint where there is one, and writes the adapter."""
@@ -236,13 +155,13 @@ class Trainer:
                 return finished
             self._restore()
         else:
-            for name in (CHECKPOINT_FILE, RESULT_FILE, METRICS_FILE):
+            for name in (CHECKPOINT_FILE, RESULT_FILE, METRICS_FILE, BEST_FILE):
                 (self.out / name).unlink(missing_ok=True)
         if self.val_examples and not self.state.val_losses:
             self._validate()
         pending: _Pending | None = None
         started = self._saved_at = time.perf_counter()
-        while self.state.step < self.num_steps:
+        while self.state.step < self.num_steps and not self._out_of_patience():
             ahead = self.train_step()
             if pending is not None:
                 started = self._report(pending, started)
@@ -267,41 +186,33 @@ class Trainer:
 
     def train_step(self) -> _Pending:
         """One optimizer step: gradients of all its micro-batches, clipping, update. Does not wait for the device."""
-        config, lora = self.config, self.lora
+        config, trainable = self.config, self.trainable
         step = self.state.step
-        indices = step_indices(
-            step, num_examples=len(self.examples), batch_size=config.batch_size, seed=config.seed, shuffle=self.shuffle
-        )
-        micro_batches = build_micro_batches(
-            [self.examples[i] for i in indices],
-            max_batch_tokens=config.max_batch_tokens,
-            device=self.model.device,
-            normalise=config.normalise,
-        )
-        lora.training = True
-        lora.gradient.zero_()
+        micro_batches = self._micro_batches(step)
+        trainable.training = True
+        trainable.gradient.zero_()
         losses = []
         for micro_id, micro in enumerate(micro_batches):
-            lora.set_dropout_seed(_mix(config.seed, step, micro_id))
+            trainable.set_dropout_seed(_mix(config.seed, step, micro_id))
             loss = self._loss(micro)
             self.scaler.scale(loss).backward()
-            lora.collect()
+            trainable.collect()
             losses.append(loss.detach())
         rate = config.learning_rate * learning_rate_factor(
             step, num_steps=self.num_steps, num_warmup_steps=self.num_warmup_steps, schedule=config.schedule,
             min_factor=config.min_learning_rate_ratio,
         )  # fmt: skip
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for settings, group in zip(self.optimizer.param_groups, trainable.groups, strict=True):
+            settings["lr"] = rate * group.learning_rate_factor
         self.scaler.unscale_(self.optimizer)
-        norm = torch.linalg.vector_norm(lora.gradient)
+        norm = torch.linalg.vector_norm(trainable.gradient)
         if math.isfinite(config.max_grad_norm):
-            lora.gradient.mul_((config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+            trainable.gradient.mul_((config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        lora.refresh()
+        trainable.refresh()
         self.state.step += 1
-        return _Pending(
+        pending = _Pending(
             step=self.state.step,
             numbers=_to_host(torch.stack([norm, *losses])),
             learning_rate=rate,
@@ -309,12 +220,33 @@ class Trainer:
             tokens=sum(m.num_tokens for m in micro_batches),
             response_tokens=sum(m.num_response_tokens for m in micro_batches),
         )
+        if self.state.step < self.num_steps:  # packed and copied while the device still works on this step
+            self._ahead = (self.state.step, self._build(self._rows(self.state.step)))
+        return pending
+
+    def _rows(self, step: int) -> list[TrainExample]:
+        indices = step_indices(
+            step, num_examples=len(self.examples), batch_size=self.config.batch_size, seed=self.config.seed,
+            shuffle=self.shuffle,
+        )  # fmt: skip
+        return [self.examples[i] for i in indices]
+
+    def _micro_batches(self, step: int) -> list[MicroBatch]:
+        """Those of the step, from the one that was prepared ahead if it is this."""
+        ahead, self._ahead = self._ahead, None
+        return ahead[1] if ahead is not None and ahead[0] == step else self._build(self._rows(step))
+
+    def _build(self, examples: Sequence[TrainExample]) -> list[MicroBatch]:
+        return build_micro_batches(
+            examples, max_batch_tokens=self.config.max_batch_tokens, device=self.model.device,
+            normalise=self.config.normalise,
+        )  # fmt: skip
 
     def _loss(self, micro: MicroBatch) -> torch.Tensor:
         """The micro-batch's share of the step's loss, f32 scalar; only positions with a loss are projected."""
         hidden = self.model.forward(
             micro.batch,
-            adapters=self.lora,
+            adapters=self.trainable.adapters,
             recompute_layers=len(self.model.layers) * (self.config.checkpoint_layers and torch.is_grad_enabled()),
             rows=micro.loss_rows,
         )
@@ -335,16 +267,24 @@ class Trainer:
     @torch.no_grad()
     def _validate(self) -> float:
         """Mean loss over the validation rows' response tokens, kept with the number of steps done."""
-        self.lora.training = False
-        micro_batches = build_micro_batches(
-            self.val_examples,
-            max_batch_tokens=self.config.max_batch_tokens,
-            device=self.model.device,
-            normalise=self.config.normalise,
-        )
-        loss = float(sum(self._loss(micro) for micro in micro_batches))
+        self.trainable.training = False
+        loss = float(sum(self._loss(micro) for micro in self._build(self.val_examples)))
         self.state.val_losses.append((self.state.step, loss))
+        if self.config.keep_best and self._best_step() == self.state.step:
+            # A resumed run comes by here again with the same numbers, so the file need not be the checkpoint's part.
+            tensors = {"parameter": self.trainable.flat}
+            save_checkpoint(self.out / BEST_FILE, tensors, {"fingerprint": self.fingerprint, "step": self.state.step})
         return loss
+
+    def _best_step(self) -> int:
+        """Steps done at the lowest validation loss, the first of equals; 0 is the base as it came."""
+        return min(self.state.val_losses, key=lambda entry: entry[1])[0]
+
+    def _out_of_patience(self) -> bool:
+        if not self.config.patience or not self.state.val_losses:
+            return False
+        best = self._best_step()
+        return sum(step > best for step, _ in self.state.val_losses) >= self.config.patience
 
     def _report(self, pending: _Pending, started: float, val_loss: float | None = None) -> float:
         """Reads and writes down the numbers of a finished step; returns the time from which the next one counts."""
@@ -353,16 +293,16 @@ class Trainer:
         seconds = now - started
         for loss, names in zip(losses, pending.names, strict=True):
             if not math.isfinite(loss):
-                raise FloatingPointError(
-                    f"step {pending.step}: the loss is {loss} in the batch of {', '.join(names[:8])}"
-                    f"{' …' if len(names) > 8 else ''}; lower the learning rate or look at these rows. "
-                    f"The last good checkpoint, if any, is {self.out / CHECKPOINT_FILE}"
-                )
+                raise self._not_finite(pending.step, f"loss is {loss}", names)
+        # fp16 steps whose scaled gradients overflow are skipped on the device; elsewhere the weights are gone by now
+        if not math.isfinite(norm) and not self.scaler.is_enabled():
+            raise self._not_finite(pending.step, f"gradient norm is {norm}", [n for m in pending.names for n in m])
         state = self.state
         state.losses.append(math.fsum(losses))
         state.grad_norms.append(norm)
         state.tokens += pending.tokens
         state.response_tokens += pending.response_tokens
+        state.micro_batches += len(losses)
         state.seconds += seconds
         report = StepReport(
             step=pending.step,
@@ -375,6 +315,7 @@ class Trainer:
             response_tokens=pending.response_tokens,
             seconds=seconds,
             tokens_per_s=pending.tokens / max(seconds, 1e-9),
+            mfu=self._utilisation(pending.tokens, pending.response_tokens, seconds),
             val_loss=val_loss,
         )
         with open(self.out / METRICS_FILE, "a", encoding="utf-8") as file:
@@ -383,18 +324,34 @@ class Trainer:
             self.on_step(report)
         return now
 
+    def _utilisation(self, tokens: int, response_tokens: int, seconds: float) -> float:
+        operations = step_operations(
+            self.model.config, tokens, response_tokens, trains_weights=self.config.method == "full"
+        )
+        return operations / max(seconds, 1e-9) / matrix_rate(self.model.device, self.model.dtype)
+
+    def _not_finite(self, step: int, what: str, names: Sequence[str]) -> LossNotFiniteError:
+        checkpoint = self.out / CHECKPOINT_FILE
+        kept = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there was no checkpoint yet"
+        return LossNotFiniteError(
+            f"step {step}: the {what} in the batch of {', '.join(names[:8])}{' …' if len(names) > 8 else ''}; "
+            f"lower the learning rate or look at these rows; {kept}"
+        )
+
     def _fingerprint(self) -> str:
         settings = {k: v for k, v in asdict(self.config).items() if k not in _WITHOUT_EFFECT}
         rows = fingerprint_examples(self.examples) + fingerprint_examples(self.val_examples)
         sample = self.model.embedding.flatten()[:: max(1, self.model.embedding.numel() // 4096)]
         mark = hashlib.sha256(sample.float().cpu().numpy().tobytes()).hexdigest()  # two bases may have one shape
-        shape = f"{self.lora.flat.numel()} {self.lora.dtype} {self.model.config} {mark}"
+        shape = f"{self.model.dtype} {self.model.config} {mark}"
         return hashlib.sha256(f"{json.dumps(settings, sort_keys=True)}|{rows}|{shape}".encode()).hexdigest()[:16]
 
     def _save(self) -> None:
-        tensors = {"parameter": self.parameter.data}
-        for name, value in self.optimizer.state[self.parameter].items():
-            tensors[f"optimizer.{name}"] = value
+        tensors = {"parameter": self.trainable.flat}
+        tensors |= {f"trainable.{name}": value for name, value in self.trainable.state().items()}
+        for number, parameter in enumerate(self.parameters):
+            for name, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{number}.{name}"] = value
         state = {"fingerprint": self.fingerprint, "scaler": self.scaler.state_dict(), **asdict(self.state)}
         save_checkpoint(self.out / CHECKPOINT_FILE, tensors, state)
         self._saved_at = time.perf_counter()
@@ -414,18 +371,29 @@ class Trainer:
             self.scaler.load_state_dict(scaler)
         self.state = replace(TrainState(**state), val_losses=[(int(s), float(v)) for s, v in state["val_losses"]])
         with torch.no_grad():
-            self.parameter.copy_(tensors["parameter"])
-        optimizer = self.optimizer.state[self.parameter]
+            self.trainable.flat.copy_(tensors["parameter"])
+        kept: dict[str, torch.Tensor] = {}
         for name, value in tensors.items():
-            if name.startswith("optimizer."):
-                kept = name.removeprefix("optimizer.")
-                optimizer[kept] = value.to(self.parameter.device)
-        self.lora.refresh()
+            owner, _, rest = name.partition(".")
+            if owner == "trainable":
+                kept[rest] = value
+            elif owner == "optimizer":
+                number, _, what = rest.partition(".")
+                parameter = self.parameters[int(number)]
+                self.optimizer.state[parameter][what] = value.to(parameter.device)
+        self.trainable.load_state(kept)
+        self.trainable.refresh()
         _keep_lines(self.out / METRICS_FILE, self.state.step)
 
     def _finish(self) -> TrainResult:
-        self.lora.save(self.out, base_model=self.base_model)
         state, fit = self.state, self.fit
+        if self.config.keep_best and self._best_step() != state.step:
+            tensors, _ = load_checkpoint(self.out / BEST_FILE)
+            with torch.no_grad():
+                self.trainable.flat.copy_(tensors["parameter"])
+            self.trainable.refresh()
+        self.trainable.close()
+        self.trainable.save(self.out, base_model=self.base_model, source=self.source)
         result = TrainResult(
             adapter_path=self.out,
             steps=state.step,
@@ -440,11 +408,16 @@ class Trainer:
             num_val_examples=len(self.val_examples),
             num_truncated=fit.num_truncated,
             num_dropped=fit.num_dropped,
-            num_parameters=self.lora.num_parameters,
+            num_parameters=self.trainable.num_parameters,
+            best_step=self._best_step() if self.config.keep_best else None,
+            stopped_early=state.step < self.num_steps,
+            micro_batches=state.micro_batches,
+            budget_filled=state.tokens / max(1, state.micro_batches * self.config.max_batch_tokens),
         )
         content = {"fingerprint": self.fingerprint, "config": asdict(self.config), **result.as_json()}
         write_atomic(self.out / RESULT_FILE, (json.dumps(content, indent=1) + "\n").encode())
-        (self.out / CHECKPOINT_FILE).unlink(missing_ok=True)
+        for name in (CHECKPOINT_FILE, BEST_FILE):
+            (self.out / name).unlink(missing_ok=True)
         return result
 
     def _finished(self) -> TrainResult | None:
@@ -453,7 +426,7 @@ class Trainer:
             content = json.loads((self.out / RESULT_FILE).read_text(encoding="utf-8"))
         except (FileNotFoundError, json.JSONDecodeError):
             return None
-        if content.pop("fingerprint", None) != self.fingerprint or not (self.out / ADAPTER_FILE).exists():
+        if content.pop("fingerprint", None) != self.fingerprint or not self.trainable.is_saved(self.out):
             (self.out / RESULT_FILE).unlink()
             return None
         content.pop("config")
@@ -462,6 +435,18 @@ class Trainer:
             content[name] = tuple(content[name])
         content["val_losses"] = tuple((int(s), float(v)) for s, v in content["val_losses"])
         return TrainResult(**content)
+
+
+def make_trainable(model: Any, config: TrainConfig) -> Trainable:
+    """What the settings train of this model."""
+    if config.method == "full":
+        return FullParameters(model)
+    return TrainableLora(
+        model, rank=config.rank, alpha=config.alpha, targets=config.targets, layers=config.layers,
+        rank_pattern=config.rank_pattern, alpha_pattern=config.alpha_pattern, dropout_pattern=config.dropout_pattern,
+        dropout=config.dropout, rank_stabilized=config.rank_stabilized, dora=config.dora, init=config.init,
+        plus_ratio=config.plus_ratio, seed=config.seed,
+    )  # fmt: skip
 
 
 @dataclass
@@ -514,8 +499,3 @@ def _keep_lines(path: Path, count: int) -> None:
         return
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:count]
     write_atomic(path, "".join(line for line in lines if line.endswith("\n")).encode())
-
-
-def _require(condition: bool, name: str, given: Any, allowed: str) -> None:
-    if not condition:
-        raise InputError(f"{name}: {given}; allowed: {allowed}")

@@ -1,18 +1,25 @@
 """Low-rank adapters that are being trained: fp32 master matrices, and the copies that a forward pass computes with.
 
 Per fused linear of the model there is one pair a [R, in], b [out, R]: the adapted parts' A stacked along the rank,
-their B on the diagonal blocks of b. All pairs lie in one flat fp32 tensor, so that casting, clipping and the optimizer
-are a few operations on one tensor, whatever the number of layers. The entries of b off its blocks are no parameters:
-they start at zero and their gradients are masked.
-y = x W^T + scaling · (x A^T) B^T, A drawn as PEFT draws it (Kaiming-uniform with a = √5), B zero.
-Source: Hu et al., "LoRA" (2021); Kalajdzievski, "Rank Stabilization" (2023) for the scaling alpha/√R.
+their B on the diagonal blocks of b. The entries of b off its blocks are no parameters: they start at zero and their
+gradients are masked.
+
+    LoRA    y = x Wᵀ + s·(x Aᵀ) Bᵀ + bias; A Kaiming-uniform with a = √5, B zero; s = alpha/R, rank-stabilised alpha/√R
+    DoRA    y = m/‖W + s B A‖ ∘ (x Wᵀ + s·(x Aᵀ) Bᵀ) + bias, the norm of each row being a constant to the gradient
+    PiSSA   y = x Wᵀ + s·((x Aᵀ) Bᵀ − (x A₀ᵀ) B₀ᵀ) + bias, starting from A₀ = √(S/s) Vᵀ, B₀ = U √(S/s) of W's R leading
+            singular values
+    LoRA+   B (and magnitudes) learn ``plus_ratio`` times as fast as A
+
+PiSSA takes its start out of the update and not out of W: the base stays as it is, also where it is quantised, and what
+is saved is a plain adapter of twice the rank, [A; A₀] and [B, −B₀], which PEFT's own conversion gives as well.
+Sources: Hu et al., "LoRA" (2021); Kalajdzievski, "Rank Stabilization" (2023); Liu et al., "DoRA" (2024); Hayou et al.,
+"LoRA+" (2024); Meng et al., "PiSSA" (2024).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,48 +28,19 @@ import torch.nn.functional as F
 
 from specialize.errors import InputError
 
+from ..engine.adapter_format import WEIGHTS_FILE, load_modules, save_part_matrices
 from ..kernels.lora_linear import lora_linear
+from .lora_layout import Key, LoraPair, lay_out, resolve_targets, shortest_targets
+from .parameters import ALIGNMENT, Trainable
+
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-@dataclass(frozen=True)
-class LoraPart:
-    """One adapted matrix of the checkpoint: rows ``start:stop`` of the fused output, ranks ``first:last`` of the
-    pair."""
-
-    name: str
-    path: str
-    start: int
-    stop: int
-    first: int
-    last: int
-
-
-@dataclass(frozen=True)
-class LoraPair:
-    """Where the matrices of one fused linear lie in the flat tensor."""
-
-    in_features: int
-    out_features: int
-    rank: int
-    parts: tuple[LoraPart, ...]
-    a_offset: int
-    b_offset: int
-
-    @property
-    def end(self) -> int:
-        return self.b_offset + self.out_features * self.rank
-
-    def views(self, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        a = flat[self.a_offset : self.b_offset].view(self.rank, self.in_features)
-        b = flat[self.b_offset : self.end].view(self.out_features, self.rank)
-        return a, b
-
-
-class TrainableLora:
+class TrainableLora(Trainable):
     """Adapters on the linears of ``model`` that ``targets`` names; passed to ``Model.forward`` as ``adapters``.
 
-    ``targets`` is "all" or part names (q_proj, Wqkv, …). ``flat`` is the fp32 parameter, ``gradient`` its accumulated
-    gradient. `refresh` must follow each change of ``flat``, `collect` each backward pass.
+    Settings are those of `TrainConfig`. Raises InputError for targets, layers or patterns that match nothing and for a
+    rank that a module has no room for.
     """
 
     def __init__(
@@ -72,105 +50,214 @@ class TrainableLora:
         rank: int,
         alpha: float | None = None,
         targets: str | Sequence[str] = "all",
+        layers: Sequence[int] | None = None,
+        rank_pattern: Mapping[str, int] | None = None,
+        alpha_pattern: Mapping[str, float] | None = None,
+        dropout_pattern: Mapping[str, float] | None = None,
         dropout: float = 0.0,
         rank_stabilized: bool = False,
+        dora: bool = False,
+        init: str = "kaiming",
+        plus_ratio: float = 1.0,
         seed: int = 0,
     ) -> None:
-        if rank < 1:
-            raise InputError(f"rank: {rank}; allowed: 1 or more")
-        if not 0.0 <= dropout < 1.0:
-            raise InputError(f"dropout: {dropout}; allowed: from 0 to below 1")
-        self.model = model
-        self.rank = rank
+        self.model, self.rank, self.rank_stabilized, self.dora, self.init = model, rank, rank_stabilized, dora, init
         self.alpha = float(2 * rank if alpha is None else alpha)
-        self.rank_stabilized = rank_stabilized
-        self.scaling = self.alpha / (math.sqrt(rank) if rank_stabilized else rank)
         self.dropout = dropout
-        self.targets = resolve_targets(model, targets)
         self.training = True
-        self.pairs = _lay_out(model, rank, self.targets)
-        size = max(pair.end for pair in self.pairs.values())
+        chosen = resolve_targets(model, targets, layers)
+        self.targets = shortest_targets(model, [part.path for _, part in chosen])
+        patterns = {"rank": rank_pattern or {}, "alpha": alpha_pattern or {}, "dropout": dropout_pattern or {}}
+        self.pairs, self.groups = lay_out(
+            chosen, rank=rank, alpha=alpha, dropout=dropout, patterns=patterns, rank_stabilized=rank_stabilized,
+            dora=dora, plus_ratio=plus_ratio,
+        )  # fmt: skip
         device, self.dtype = model.device, model.dtype
-        self.flat = torch.zeros(size, dtype=torch.float32, device=device)
+        self.flat = torch.zeros(self.groups[-1].stop, dtype=torch.float32, device=device)
         self.gradient = torch.zeros_like(self.flat)
-        self._mask = self._block_mask()
+        self._mask = self._parameter_mask()
         self._compute = self.flat if self.dtype == torch.float32 else torch.empty_like(self.flat, dtype=self.dtype)
         self._leaves = {key: pair.views(self._compute) for key, pair in self.pairs.items()}
-        for pair in self._leaves.values():
-            for leaf in pair:
-                leaf.requires_grad_()
-        self._leaf_list = [leaf for pair in self._leaves.values() for leaf in pair]
+        # fp32 in every number format: what a step adds to a length is less than bf16 tells apart
+        self._magnitudes = {key: pair.magnitude(self.flat) for key, pair in self.pairs.items()} if dora else {}
+        self._in_order = self._ordered_leaves()
+        for leaf, _ in self._in_order:
+            leaf.requires_grad_()
+        self._padding = torch.zeros(ALIGNMENT, dtype=self.dtype, device=device)
+        self._rank_scales = {key: self._relative_scales(pair) for key, pair in self.pairs.items()}
+        self._weight_norms: dict[Key, torch.Tensor] = {}
+        self._norms: dict[Key, torch.Tensor] = {}
+        self._start: torch.Tensor | None = None  # PiSSA's A₀ and B₀, laid out as ``flat``
+        self._start_views: dict[Key, Pair] = {}
         self._dropout_seed = 0
         self._initialise(seed)
 
     @property
-    def num_parameters(self) -> int:
-        return sum(
-            (part.last - part.first) * (pair.in_features + part.stop - part.start)
-            for pair in self.pairs.values()
-            for part in pair.parts
-        )
+    def adapters(self) -> TrainableLora:
+        return self
 
+    @property
+    def num_parameters(self) -> int:
+        count = 0
+        for pair in self.pairs.values():
+            for part in pair.parts:
+                rows = part.stop - part.start
+                count += part.rank * (pair.in_features + rows) + (rows if self.dora else 0)
+        return count
+
+    @torch.no_grad()
     def _initialise(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
-        for pair in self.pairs.values():
+        linears = {(adapted.layer_id, adapted.name): adapted.linear for adapted in self.model.adaptable}
+        for key, pair in self.pairs.items():
             bound = 1.0 / math.sqrt(pair.in_features)
-            a, _ = pair.views(self.flat)
+            a, b = pair.views(self.flat)
+            dense = self.dora or self.init == "pissa"
+            weight = linears[key].dense(torch.float32).float() if dense else torch.empty(0)
             for part in pair.parts:
-                drawn = torch.empty(part.last - part.first, pair.in_features).uniform_(
-                    -bound, bound, generator=generator
-                )
-                a[part.first : part.last].copy_(drawn)
+                if self.init == "pissa":
+                    first, second = principal_factors(weight[part.start : part.stop], part.rank, part.scaling, seed)
+                    a[part.first : part.last].copy_(first)
+                    b[part.start : part.stop, part.first : part.last].copy_(second)
+                else:
+                    drawn = torch.empty(part.rank, pair.in_features).uniform_(-bound, bound, generator=generator)
+                    a[part.first : part.last].copy_(drawn)
+            if self.dora:
+                self._weight_norms[key] = torch.linalg.vector_norm(weight, dim=1)
+                pair.magnitude(self.flat).copy_(self._weight_norms[key])
+        if self.init == "pissa":
+            self._set_start(self.flat.clone())
         self.refresh()
 
-    def _block_mask(self) -> torch.Tensor | None:
+    def _set_start(self, start: torch.Tensor) -> None:
+        self._start = start
+        compute = start.to(self.dtype)
+        self._start_views = {key: pair.views(compute) for key, pair in self.pairs.items()}
+
+    def _relative_scales(self, pair: LoraPair) -> torch.Tensor | None:
+        """f32 [R]: the scaling of each rank over the pair's; None where all are one."""
+        if all(part.scaling == pair.scaling for part in pair.parts):
+            return None
+        scales = torch.empty(pair.rank, device=self.model.device)
+        for part in pair.parts:
+            scales[part.first : part.last] = part.scaling / pair.scaling
+        return scales
+
+    def _ordered_leaves(self) -> list[tuple[torch.Tensor, int]]:
+        """(leaf, its offset) as they lie in ``flat``."""
+        leaves = []
+        for key, pair in self.pairs.items():
+            a, b = self._leaves[key]
+            leaves += [(a, pair.a_offset), (b, pair.b_offset)]
+            if self.dora:
+                leaves.append((self._magnitudes[key], pair.m_offset))
+        return sorted(leaves, key=lambda entry: entry[1])
+
+    def _parameter_mask(self) -> torch.Tensor | None:
         """1 where an entry is a parameter; None where all are."""
-        if all(len(p.parts) == 1 and p.parts[0].stop - p.parts[0].start == p.out_features for p in self.pairs.values()):
+        if all(pair.is_whole for pair in self.pairs.values()):
             return None
         mask = torch.ones_like(self.flat)
         for pair in self.pairs.values():
-            _, b = pair.views(mask)
+            b, magnitude = pair.views(mask)[1], pair.magnitude(mask)
             b.zero_()
+            magnitude.zero_()  # empty without DoRA
             for part in pair.parts:
                 b[part.start : part.stop, part.first : part.last] = 1.0
+                magnitude[part.start : part.stop] = 1.0
         return mask
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Makes forward passes see the present values of ``flat``."""
         if self._compute is not self.flat:
             self._compute.copy_(self.flat)
+        if self.dora:
+            for adapted in self.model.adaptable:
+                key = (adapted.layer_id, adapted.name)
+                if key in self.pairs:
+                    self._norms[key] = self._row_norms(key, adapted.linear)
+
+    def _row_norms(self, key: Key, linear: Any) -> torch.Tensor:
+        """‖W + s B A‖ of each row, f32 [out], by ‖w‖² + 2 s b·(W Aᵀ) + s² b (A Aᵀ) bᵀ: no sum [out, in] is made."""
+        a, b = self._effective(key)
+        cross = F.linear(linear.dense(self.dtype), a).float()
+        a, b, s = a.float(), b.float(), self.pairs[key].scaling
+        square = self._weight_norms[key].square() + 2 * s * (b * cross).sum(1) + s * s * ((b @ (a @ a.t())) * b).sum(1)
+        return square.clamp_(min=1e-24).sqrt_()
 
     def set_dropout_seed(self, seed: int) -> None:
-        """Dropout masks follow from this number and the layer alone, so recomputing a layer repeats them."""
         self._dropout_seed = seed
+
+    def _effective(self, key: Key) -> Pair:
+        """a and b as they are multiplied, differentiable in the leaves: with PiSSA's start taken off, and with each
+        part's own scaling."""
+        a, b = self._leaves[key]
+        scales = self._rank_scales[key]
+        if self._start is not None:
+            first, second = self._start_views[key]
+            a, b = torch.cat([a, first]), torch.cat([b, -second], dim=1)
+            scales = None if scales is None else torch.cat([scales, scales])
+        return (a, b) if scales is None else (a, b * scales.to(b.dtype))
 
     def linear(self, x: torch.Tensor, linear: Any, layer_id: int, name: str, batch: Any = None) -> torch.Tensor:
         """``linear(x)`` plus the adapter's part; x [T, in] -> [T, out]."""
-        leaves = self._leaves.get((layer_id, name))
-        if leaves is None:
+        key = (layer_id, name)
+        pair = self.pairs.get(key)
+        if pair is None:
             return linear(x)
-        a, b = leaves
-        if self.dropout and self.training:
-            dropped = _dropped(x, self.dropout, hash((self._dropout_seed, layer_id, name_id(name))) & 0x7FFFFFFF)
-            return linear(x) + F.linear(F.linear(dropped, a), b) * self.scaling
-        return lora_linear(x, linear.weight, linear.bias, a, b, self.scaling, backend=self.model.backend)
+        if self.training and any(part.dropout for part in pair.parts):
+            return self._with_dropout(x, linear, key)
+        a, b = self._effective(key)
+        if not self.dora:
+            return lora_linear(x, linear.weight, linear.bias, a, b, pair.scaling, backend=self.model.backend)
+        y = lora_linear(x, linear.weight, None, a, b, pair.scaling, backend=self.model.backend)
+        y = torch.addcmul(y, y, self._stretch(key).to(y.dtype))
+        return y if linear.bias is None else y + linear.bias
+
+    def _stretch(self, key: Key) -> torch.Tensor:
+        """m / ‖W + s B A‖ − 1, f32 [out], 0 in rows that no part adapts. Less one, since bf16 is coarse near 1."""
+        stretch = self._magnitudes[key] / self._norms[key] - 1.0
+        return stretch if self._mask is None else stretch * self.pairs[key].magnitude(self._mask)
+
+    def _with_dropout(self, x: torch.Tensor, linear: Any, key: Key) -> torch.Tensor:
+        """Each part drops entries of its own, for its A and under DoRA for what is stretched; the base sees all."""
+        pair, (a, b) = self.pairs[key], self._effective(key)
+        weight = linear.dense(x.dtype) if self.dora else None
+        hidden, frozen, covered = [], [], 0
+        for part in pair.parts:
+            seed = hash((self._dropout_seed, key[0], name_id(key[1]), part.first)) & 0x7FFFFFFF
+            dropped = _dropped(x, part.dropout, seed) if part.dropout else x
+            hidden.append(F.linear(dropped, a[part.first : part.last]))
+            if weight is not None:
+                frozen += [x.new_zeros(len(x), part.start - covered), F.linear(dropped, weight[part.start : part.stop])]
+                covered = part.stop
+        if self._start is not None:
+            hidden.append(F.linear(x, a[pair.rank :]))
+        update = F.linear(torch.cat(hidden, dim=1), b) * pair.scaling
+        y = linear(x) + update
+        if not self.dora:
+            return y
+        frozen.append(x.new_zeros(len(x), pair.out_features - covered))
+        return torch.addcmul(y, torch.cat(frozen, dim=1) + update, self._stretch(key).to(y.dtype))
 
     @torch.no_grad()
     def collect(self) -> None:
-        """Adds the gradients of the last backward pass to ``gradient``, in fp32."""
-        grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self._leaf_list]
-        self.gradient += torch.cat([g.reshape(-1) for g in grads])
+        pieces, at = [], 0
+        for leaf, offset in self._in_order:
+            pieces.append(self._padding[: offset - at])
+            pieces.append((torch.zeros_like(leaf) if leaf.grad is None else leaf.grad).reshape(-1))
+            at = offset + leaf.numel()
+            leaf.grad = None
+        pieces.append(self._padding[: len(self.flat) - at])
+        self.gradient += torch.cat(pieces)
         if self._mask is not None:
             self.gradient *= self._mask
-        for leaf in self._leaf_list:
-            leaf.grad = None
 
-    def matrices(self, flat: torch.Tensor | None = None) -> dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]:
+    def matrices(self, flat: torch.Tensor | None = None) -> dict[Key, Pair]:
         """(layer_id, linear name) -> (a [R, in], b [out, R]) in fp32, views of ``flat`` (the parameters by default)."""
         return {key: pair.views(self.flat if flat is None else flat) for key, pair in self.pairs.items()}
 
-    def part_matrices(self, flat: torch.Tensor | None = None) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    def part_matrices(self, flat: torch.Tensor | None = None) -> dict[str, Pair]:
         """Module path in the checkpoint -> (A [R, in], B [out, R]) of that matrix alone."""
         found = {}
         for key, (a, b) in self.matrices(flat).items():
@@ -178,81 +265,99 @@ class TrainableLora:
                 found[part.path] = (a[part.first : part.last], b[part.start : part.stop, part.first : part.last])
         return found
 
-    def save(self, path: str | Path, *, base_model: str | None = None) -> Path:
-        """Writes the adapter folder in PEFT's format."""
-        from ..engine.adapter import save_part_matrices
+    def part_magnitudes(self, flat: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """Module path -> DoRA's row lengths [out]; empty without DoRA."""
+        flat = self.flat if flat is None else flat
+        return {
+            part.path: pair.magnitude(flat)[part.start : part.stop]
+            for pair in self.pairs.values()
+            for part in pair.parts
+            if self.dora
+        }
 
+    def state(self) -> dict[str, torch.Tensor]:
+        return {} if self._start is None else {"start": self._start}
+
+    def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        if self._start is not None:
+            self._set_start(tensors["start"].to(self.flat.device))
+
+    def save(self, path: str | Path, *, base_model: str | None = None, source: str | Path | None = None) -> Path:
+        """Writes the adapter folder in PEFT's format."""
+        matrices, rank, alpha, grown = self.part_matrices(), self.rank, self.alpha, 1
+        if self._start is not None:
+            grown = 2
+            starts = self.part_matrices(self._start)
+            matrices = {
+                path: (torch.cat([a, starts[path][0]]), torch.cat([b, -starts[path][1]], dim=1))
+                for path, (a, b) in matrices.items()
+            }
+        growth = math.sqrt(grown) if self.rank_stabilized else grown  # keeps alpha over the rank, or over its root
+        rank, alpha = rank * grown, alpha * growth
+        parts = [part for pair in self.pairs.values() for part in pair.parts]
         return save_part_matrices(
             path,
-            self.part_matrices(),
-            rank=self.rank,
-            alpha=self.alpha,
+            matrices,
+            rank=rank,
+            alpha=alpha,
             targets=self.targets,
             dropout=self.dropout,
             rank_stabilized=self.rank_stabilized,
             base_model=base_model,
+            rank_pattern={p.path: p.rank * grown for p in parts if p.rank != self.rank},
+            alpha_pattern={p.path: p.alpha * growth for p in parts if p.alpha != self.alpha},
+            magnitudes=self.part_magnitudes(),
         )
+
+    def is_saved(self, path: Path) -> bool:
+        return (path / WEIGHTS_FILE).exists()
+
+    def close(self) -> None:
+        """Nothing to do: the leaves are the adapter's own."""
 
     @torch.no_grad()
     def load(self, path: str | Path) -> None:
-        """Takes the matrices of an adapter folder with the same targets and rank."""
-        from ..engine.adapter import load_adapter
-
-        adapter = load_adapter(path, self.model)
-        mine = self.matrices()
-        if set(adapter.matrices) != set(mine):
+        """Takes the matrices of an adapter folder with the same targets, ranks and variant."""
+        saved = load_modules(path)
+        mine, magnitudes = self.part_matrices(), self.part_magnitudes()
+        if set(saved.parts) != set(mine):
             raise InputError(
                 f"{path}: adapts other layers than targets {','.join(self.targets)}; pass the same targets"
             )
-        for key, (a, b) in mine.items():
-            their_a, their_b = adapter.matrices[key]
-            if their_a.shape != a.shape or their_b.shape != b.shape:
-                raise InputError(f"{path}: rank differs from {self.rank}; pass the adapter's own rank")
-            a.copy_(their_a)
-            b.copy_(their_b)
+        if set(saved.magnitudes) != set(magnitudes):
+            raise InputError(f"{path}: {'has' if saved.magnitudes else 'lacks'} DoRA's magnitudes; pass the same dora")
+        start = None if self._start is None else torch.zeros_like(self.flat)
+        starts = None if start is None else self.part_matrices(start)
+        scalings = {part.path: part.scaling for pair in self.pairs.values() for part in pair.parts}
+        for module, (a, b) in mine.items():
+            their_a, their_b = saved.parts[module]
+            grown = 1 if starts is None else 2
+            if len(their_a) != grown * len(a):
+                raise InputError(f"{path}: rank differs from {len(a)}; pass the adapter's own rank")
+            their_b = their_b * (saved.scaling / scalings[module])
+            a.copy_(their_a[: len(a)])
+            b.copy_(their_b[:, : len(a)])
+            if starts is not None:
+                starts[module][0].copy_(their_a[len(a) :])
+                starts[module][1].copy_(-their_b[:, len(a) :])
+        for module, magnitude in magnitudes.items():
+            magnitude.copy_(saved.magnitudes[module])
+        if start is not None:
+            self._set_start(start)
         self.refresh()
 
 
-def adaptable_names(model: Any) -> tuple[str, ...]:
-    """Part names that ``targets`` may hold, in the order in which they run."""
-    names: dict[str, None] = {}
-    for adapted in model.adaptable:
-        for part in adapted.parts:
-            names[part.name] = None
-    return tuple(names)
+def principal_factors(weight: torch.Tensor, rank: int, scaling: float, seed: int = 0) -> Pair:
+    """A [R, in] and B [out, R] with ``scaling · B A`` the best rank-R part of ``weight`` f32 [out, in].
 
-
-def resolve_targets(model: Any, targets: str | Sequence[str]) -> tuple[str, ...]:
-    """ "all" or names -> the part names to adapt. Raises InputError for a name that the model does not have."""
-    existing = adaptable_names(model)
-    if isinstance(targets, str):
-        targets = [t.strip() for t in targets.split(",") if t.strip()]
-    if list(targets) in (["all"], ["all-linear"]):
-        return existing
-    unknown = [t for t in targets if t not in existing]
-    if unknown or not targets:
-        given = ", ".join(unknown) or "none"
-        raise InputError(f"targets: {given}: no such layer in this model; allowed: all, {', '.join(existing)}")
-    return tuple(name for name in existing if name in set(targets))
-
-
-def _lay_out(model: Any, rank: int, targets: tuple[str, ...]) -> dict[tuple[int, str], LoraPair]:
-    pairs, offset = {}, 0
-    for adapted in model.adaptable:
-        chosen = [part for part in adapted.parts if part.name in targets]
-        if not chosen:
-            continue
-        parts = tuple(
-            LoraPart(part.name, part.path, part.start, part.stop, i * rank, (i + 1) * rank)
-            for i, part in enumerate(chosen)
-        )
-        total = rank * len(parts)
-        linear = adapted.linear
-        b_offset = offset + total * linear.in_features
-        pair = LoraPair(linear.in_features, linear.out_features, total, parts, offset, b_offset)
-        pairs[adapted.layer_id, adapted.name] = pair
-        offset = (pair.end + 63) // 64 * 64
-    return pairs
+    A randomised SVD (Halko et al., 2011): 16 power iterations cost a few thin products, a whole SVD minutes a matrix.
+    """
+    width = min(rank + 8, *weight.shape)
+    with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
+        torch.manual_seed(seed)
+        u, s, v = torch.svd_lowrank(weight, q=width, niter=16)
+    root = (s[:rank] / scaling).sqrt()
+    return root[:, None] * v[:, :rank].t(), u[:, :rank] * root
 
 
 _LINEAR_NAMES = ("qkv", "o", "gate_up", "up", "down")

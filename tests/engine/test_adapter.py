@@ -155,7 +155,7 @@ def test_broken_adapter_folders(saved, tmp_path):
         load_adapter(copy, model)
     for change, message in (
         ({"peft_type": "IA3"}, "peft_type 'IA3' is not supported"),
-        ({"use_dora": True}, "use_dora True is not supported"),
+        ({"use_dora": True}, "use_dora is True in adapter_config.json, but adapter_model.safetensors lacks magnitude"),
         ({"r": 0}, "r is 0; it must be a positive number"),
     ):
         copy = broken("b")

@@ -1,0 +1,190 @@
+"""Adapter folders as PEFT writes and reads them: low-rank pairs per module of the checkpoint, and DoRA's magnitudes.
+
+Nothing here knows a model. Shapes: A [R, in], B [out, R], magnitude [out].
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from specialize.errors import InputError
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """What a folder holds, fp32 on the CPU. Each module's update is ``scaling · B A``: where a module has a rank or alpha
+    of its own, B holds the ratio. ``magnitudes`` is empty but for DoRA."""
+
+    parts: dict[str, Pair]
+    magnitudes: dict[str, torch.Tensor]
+    scaling: float
+    rank: int
+    alpha: float
+    base_model: str | None
+
+
+def load_modules(path: str | Path) -> SavedAdapter:
+    """Reads a PEFT adapter folder. Raises InputError naming what is missing or unsupported."""
+    folder = Path(path)
+    config = _read_config(folder)
+    pairs, magnitudes = _pair_up(_read_tensors(folder / WEIGHTS_FILE), folder)
+    if bool(config.get("use_dora", False)) != bool(magnitudes):
+        raise InputError(
+            f"{folder}: use_dora is {not magnitudes} in {CONFIG_FILE}, but {WEIGHTS_FILE} "
+            f"{'has' if magnitudes else 'lacks'} magnitude vectors; save the adapter anew"
+        )
+    rank, alpha = int(config["r"]), float(config["lora_alpha"])
+    stabilized = bool(config.get("use_rslora", False))
+    scaling = lora_scaling(rank, alpha, stabilized)
+    for module, (a, b) in pairs.items():
+        if a.shape[0] != b.shape[1]:
+            raise InputError(f"{folder}: {module} has A {tuple(a.shape)} and B {tuple(b.shape)}: ranks differ")
+        own = lora_scaling(a.shape[0], pattern_value(config.get("alpha_pattern"), module, alpha), stabilized)
+        if own != scaling:
+            pairs[module] = (a, b * (own / scaling))
+    return SavedAdapter(pairs, magnitudes, scaling, rank, alpha, config.get("base_model_name_or_path"))
+
+
+def save_part_matrices(
+    path: str | Path,
+    parts: Mapping[str, Pair],
+    *,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str],
+    dropout: float = 0.0,
+    rank_stabilized: bool = False,
+    base_model: str | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    magnitudes: Mapping[str, torch.Tensor] | None = None,
+) -> Path:
+    """Writes ``parts`` (module path → A [R, in], B [out, R]) as a PEFT folder; each file appears whole or not at all.
+
+    ``rank_pattern`` names modules whose rank differs from ``rank``, ``alpha_pattern`` likewise; ``magnitudes`` (module
+    path → [out]) make it a DoRA adapter.
+    """
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for module, (a, b) in parts.items():
+        tensors[f"{_PREFIX}{module}.lora_A.weight"] = a.detach().to("cpu", torch.float32).contiguous().clone()
+        tensors[f"{_PREFIX}{module}.lora_B.weight"] = b.detach().to("cpu", torch.float32).contiguous().clone()
+    for module, magnitude in (magnitudes or {}).items():
+        tensors[f"{_PREFIX}{module}.lora_magnitude_vector"] = magnitude.detach().to("cpu", torch.float32).clone()
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": rank,
+        "lora_alpha": _plain(alpha),
+        "lora_dropout": dropout,
+        "target_modules": sorted(targets),
+        "rank_pattern": dict(rank_pattern or {}),
+        "alpha_pattern": {module: _plain(own) for module, own in (alpha_pattern or {}).items()},
+        "use_rslora": rank_stabilized,
+        "use_dora": bool(magnitudes),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "modules_to_save": None,
+    }
+    with tempfile.TemporaryDirectory(dir=folder) as staging:
+        weights = Path(staging) / WEIGHTS_FILE
+        save_file(tensors, weights, metadata={"format": "pt"})
+        settings = Path(staging) / CONFIG_FILE
+        settings.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        os.replace(weights, folder / WEIGHTS_FILE)
+        os.replace(settings, folder / CONFIG_FILE)
+    return folder
+
+
+def lora_scaling(rank: int, alpha: float, stabilized: bool) -> float:
+    """What the product B A is multiplied with."""
+    return alpha / math.sqrt(rank) if stabilized else alpha / rank
+
+
+def _plain(value: float) -> int | float:
+    return int(value) if float(value).is_integer() else value
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such adapter folder; give one with {CONFIG_FILE} and {WEIGHTS_FILE}")
+    path = folder / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; an adapter folder holds {CONFIG_FILE} and {WEIGHTS_FILE}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: holds a {type(config).__name__}, not a JSON object")
+    if config.get("peft_type") != "LORA":
+        raise InputError(f"{path}: peft_type {config.get('peft_type')!r} is not supported; allowed: LORA")
+    for name in ("r", "lora_alpha"):
+        value = config.get(name)
+        if not isinstance(value, (int, float)) or value <= 0:
+            raise InputError(f"{path}: {name} is {value!r}; it must be a positive number")
+    for name, plain in (("fan_in_fan_out", False), ("modules_to_save", None), ("bias", "none")):
+        if config.get(name, plain) not in (plain, None, []):
+            raise InputError(f"{path}: {name} {config[name]!r} is not supported; allowed: {plain!r}")
+    return config
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; pickled adapters (.bin) are not read") from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def _pair_up(tensors: Mapping[str, torch.Tensor], folder: Path) -> tuple[dict[str, Pair], dict[str, torch.Tensor]]:
+    halves: dict[str, dict[str, torch.Tensor]] = {}
+    magnitudes: dict[str, torch.Tensor] = {}
+    prefix = rf"(?:{re.escape(_PREFIX)})?(.+)"
+    for name, tensor in tensors.items():
+        match = re.fullmatch(prefix + r"\.lora_([AB])(?:\.default)?\.weight", name)
+        magnitude = re.fullmatch(prefix + r"\.lora_magnitude_vector(?:\.default)?(?:\.weight)?", name)
+        if match is not None and tensor.dim() == 2:
+            halves.setdefault(match[1], {})[match[2]] = tensor
+        elif magnitude is not None and tensor.dim() == 1:
+            magnitudes[magnitude[1]] = tensor
+        else:
+            raise InputError(f"{folder}: tensor {name} {tuple(tensor.shape)} is no LoRA matrix of a linear layer")
+    if not halves:
+        raise InputError(f"{folder}: {WEIGHTS_FILE} is empty")
+    for module, half in halves.items():
+        if len(half) != 2:
+            raise InputError(f"{folder}: {module} has lora_{next(iter(half))} without its other half")
+    uneven = sorted(set(magnitudes) ^ set(halves)) if magnitudes else []
+    if uneven:
+        raise InputError(f"{folder}: {uneven[0]} has either matrices or a magnitude vector, and needs both")
+    return {module: (half["A"], half["B"]) for module, half in halves.items()}, magnitudes
+
+
+def pattern_value(pattern: Mapping[str, float] | None, module: str, default: float) -> float:
+    """PEFT's per-module settings: a key matches the whole path or its end after a dot."""
+    for key, value in (pattern or {}).items():
+        if re.fullmatch(rf"(.*\.)?({key})", module):
+            return float(value)
+    return default
