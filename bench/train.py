@@ -32,8 +32,9 @@ from specialize.errors import InputError
 from ..engine.config import ModelConfig
 from ..engine.layout import layer_linears
 from ..engine.model import Model
+from ..train.config import TrainConfig
 from ..train.data import TrainExample
-from ..train.loop import TrainConfig, Trainer
+from ..train.loop import Trainer
 from .environment import ceilings, environment
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -179,7 +180,7 @@ def compare_with_peft(
         def start(kind: str) -> tuple[Trainer, Peer]:
             model = Model.from_pretrained(model_path, dtype=DTYPES[kind], device=device, inference=False)
             trainer = _trainer(model, rows, Path(folder), **settings)
-            adapter = trainer.lora.save(Path(folder) / f"adapter-{kind}")
+            adapter = trainer.trainable.save(Path(folder) / f"adapter-{kind}")
             (Path(folder) / "rows.json").write_text(
                 json.dumps([[list(r.prompt_ids), list(r.response_ids)] for r in rows])
             )

@@ -28,8 +28,8 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """What a folder holds, fp32 on the CPU. Each module's update is ``scaling · B A``: where a module has a rank or alpha
-    of its own, B holds the ratio. ``magnitudes`` is empty but for DoRA."""
+    """What a folder holds, fp32 on the CPU. Each module's update is ``scaling · B A``: where its rank or alpha is its
+    own, B holds the ratio. ``magnitudes`` is empty but for DoRA."""
 
     parts: dict[str, Pair]
     magnitudes: dict[str, torch.Tensor]

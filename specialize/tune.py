@@ -44,7 +44,7 @@ def epoch_tokens(examples: Sequence[Any]) -> int:
 
 def train_config(settings: Tune, *, epochs: float, seed: int, max_context: int) -> Any:
     """The loop's settings for a recipe's. A micro-batch holds up to 4,096 tokens, or one longest row."""
-    from .train.loop import TrainConfig
+    from .train.config import TrainConfig
 
     max_length = min(settings.max_length, max_context)
     targets = settings.targets if settings.targets == "all" else tuple(t.strip() for t in settings.targets.split(","))

@@ -1,8 +1,8 @@
 """Full fine-tuning: every weight of the model is a parameter, in the same loop.
 
-The fp32 masters lie in one flat tensor, matrices first, then vectors (norms and biases, which do not decay). The model's
-own tensors become views of a copy in its number format, in fp32 of the masters themselves, so the model that was given
-is the one that learns. It takes 16 to 20 bytes a parameter: for small models.
+The fp32 masters lie in one flat tensor, matrices first, then vectors (norms and biases, which do not decay). The
+model's own tensors become views of a copy in its number format, in fp32 of the masters themselves: the model that was
+given is the one that learns. It takes 16 to 20 bytes a parameter: for small models.
 """
 
 from __future__ import annotations

@@ -73,8 +73,8 @@ def tune(
     on_step: Callable[[StepReport], None] | None = None,
 ) -> TrainResult:
     """Trains on ``examples`` and writes an adapter, or with method "full" a checkpoint, to the folder ``out``, with
-    metrics.jsonl beside it. ``base_model`` is the name that the adapter's file gives its base; ``source``, its folder or
-    file, lends a checkpoint its tokenizer. Method "full" changes ``model`` itself.
+    metrics.jsonl beside it. ``base_model`` is the name that the adapter's file gives its base; ``source``, its folder
+    or file, lends a checkpoint its tokenizer. Method "full" changes ``model`` itself.
 
     With ``resume`` a run that was interrupted goes on from its checkpoint, and one that had ended returns its result at
     once. Raises InputError for unusable rows or settings, and for a checkpoint made with others; LossNotFiniteError

@@ -8,8 +8,9 @@ from specialize.engine.generator import Generator
 from specialize.engine.model import Model
 from specialize.engine.sampler import SamplingParams
 from specialize.engine.scheduler import EngineConfig
+from specialize.train.config import TrainConfig
 from specialize.train.data import TrainExample
-from specialize.train.loop import TrainConfig, tune
+from specialize.train.loop import tune
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,

@@ -9,8 +9,9 @@ from models import rows, tiny_pair
 from specialize.engine.model import Model
 from specialize.train import loop
 from specialize.train.checkpoint import load_checkpoint
+from specialize.train.config import TrainConfig
 from specialize.train.data import TrainExample
-from specialize.train.loop import TrainConfig, Trainer, tune
+from specialize.train.loop import Trainer, tune
 
 from specialize.errors import InputError
 
@@ -25,13 +26,13 @@ def first_gradient(model, examples, out, **changes):
     settings = {**QUICK, "batch_size": len(examples), "max_grad_norm": math.inf, **changes}
     trainer = Trainer(model, examples, TrainConfig(**settings), out)
     with torch.no_grad():  # B far from zero, so that A has a gradient, too
-        for pair in trainer.lora.pairs.values():
-            pair.views(trainer.lora.flat)[1].normal_(std=0.1, generator=torch.Generator().manual_seed(3))
-    if trainer.lora._mask is not None:
-        trainer.lora.flat.mul_(trainer.lora._mask)
-    trainer.lora.refresh()
+        for pair in trainer.trainable.pairs.values():
+            pair.views(trainer.trainable.flat)[1].normal_(std=0.1, generator=torch.Generator().manual_seed(3))
+    if trainer.trainable._mask is not None:
+        trainer.trainable.flat.mul_(trainer.trainable._mask)
+    trainer.trainable.refresh()
     _, *losses = trainer.train_step().wait()
-    return sum(losses), trainer.lora.gradient.clone(), len(losses)
+    return sum(losses), trainer.trainable.gradient.clone(), len(losses)
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Mpt"])
@@ -218,7 +219,8 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from models import rows
 from specialize.engine.model import Model
-from specialize.train.loop import TrainConfig, tune
+from specialize.train.config import TrainConfig
+from specialize.train.loop import tune
 model = Model.from_pretrained(sys.argv[2])
 config = TrainConfig(rank=4, batch_size=4, epochs=100, checkpoint_interval=3, dropout=0.1, max_batch_tokens=64)
 print("ready", flush=True)

@@ -8,7 +8,8 @@ from specialize.engine.batch import Batch
 from specialize.engine.model import Model
 from specialize.kernels.cross_entropy import linear_cross_entropy
 from specialize.train.data import build_micro_batches
-from specialize.train.lora import TrainableLora, adaptable_names
+from specialize.train.lora import TrainableLora
+from specialize.train.lora_layout import adaptable_names
 
 from specialize.errors import InputError
 

@@ -5,8 +5,9 @@ import torch
 from models import rows
 from specialize.engine.config import ModelConfig
 from specialize.engine.model import Model
+from specialize.train.config import TrainConfig
 from specialize.train.data import build_micro_batches
-from specialize.train.loop import TrainConfig, tune
+from specialize.train.loop import tune
 from specialize.train.lora import TrainableLora
 
 LLAMA = {
@@ -36,7 +37,9 @@ def test_gradients_equal_those_over_the_dequantised_base(raw, form, targets, che
         lora.flat += torch.randn(lora.flat.shape, generator=torch.Generator().manual_seed(2)) * 0.05
         lora.refresh()
         for part in build_micro_batches(rows(6), max_batch_tokens=60, device="cpu"):
-            hidden = model.forward(part.batch, adapters=lora, rows=part.loss_rows, checkpoint_layers=checkpointed)
+            hidden = model.forward(
+                part.batch, adapters=lora, rows=part.loss_rows, recompute_layers=len(model.layers) * checkpointed
+            )
             logp = torch.nn.functional.linear(hidden, model.head_weight).log_softmax(-1)
             (-(logp[torch.arange(len(part.targets)), part.targets] * part.weights).sum()).backward()
             lora.collect()
