@@ -106,6 +106,21 @@ quantize_option = click.option(
     metavar="FORMAT",
     help="Hold the linear weights in nf4, int8 or fp8; with +head (int8+head) the output projection, too.",
 )
+
+
+def _parse_memory(_: Any, __: Any, text: str | None) -> int | None:
+    from .engine.memory import parse_bytes
+
+    return None if text is None else parse_bytes(text)
+
+
+memory_option = click.option(
+    "--memory",
+    "memory_bytes",
+    metavar="SIZE",
+    callback=_parse_memory,
+    help="Cap for all that this process takes of the device (on a CPU: of the machine), such as 24GB.",
+)
 adapter_option = click.option("--adapter", type=click.Path(), help="Adapter folder, as PEFT writes it.")
 
 
@@ -123,6 +138,7 @@ adapter_option = click.option("--adapter", type=click.Path(), help="Adapter fold
 @click.option("--rounds", type=click.IntRange(1), help="Rounds of answering and tuning.")
 @click.option("--seed", type=int, help="Random seed of everything.")
 @quantize_option
+@memory_option
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any recipe setting, such as tune.rank=8.")
 @click.option("--until", default="report", help="Stop after this stage (index, teacher, filter, tune, evaluate, …).")
 @click.option("--redo", is_flag=True, help="Redo the stages that changed settings invalidate.")
@@ -167,7 +183,10 @@ def _open_run(
             inputs[name] = str(Path(given).expanduser().resolve())
         if name not in inputs:
             raise InputError(f"--{name} is missing, and {out} is no run that remembers it")
-    return Run(out, chosen, inputs, reporter=common.prepare().reporter, device=common.device)
+    return Run(
+        out, chosen, inputs, reporter=common.prepare().reporter, device=common.device,
+        memory_bytes=options.get("memory_bytes"),
+    )  # fmt: skip
 
 
 def _show_run(common: Common, folder: Path, result: dict[str, Any]) -> None:
@@ -426,6 +445,7 @@ def tune(common: Common, run: Path | None, redo: bool, settings: tuple[str, ...]
 @click.option("--model", help="Model folder, .gguf file or fetch name.")
 @adapter_option
 @quantize_option
+@memory_option
 @click.option("--tasks", type=click.Path(path_type=Path), help="Task file or folder of them.")
 @click.option("--shots", default="0", show_default=True, help="Examples in the prompt, such as 0,1,5.")
 @click.option("--limit", type=click.IntRange(0), default=0, show_default=True, help="Examples of each task; 0: all.")
@@ -465,6 +485,7 @@ def evaluate(common: Common, run: Path | None, redo: bool, settings: tuple[str, 
         dtype=common.dtype,
         device=common.device,
         quantize=o["quantize"],
+        memory_bytes=o["memory_bytes"],
         seed=o["seed"],
         model_name=o["model"],
         reporter=common.prepare().reporter,
@@ -522,6 +543,7 @@ def _params(o: dict[str, Any], **more: Any) -> Any:
 @model_option
 @adapter_option
 @quantize_option
+@memory_option
 @click.option("--prompts", type=click.Path(path_type=Path), help='JSONL of {"prompt": text} or {"prompt_ids": [...]}.')
 @click.option("--out", type=click.Path(path_type=Path), help="JSONL of replies, in the order of --prompts.")
 @_sampling
@@ -566,7 +588,12 @@ def generate(common: Common, prompt: str | None, model: str, adapter: str | None
         read_prompts(o["prompts"])
     path = existing_model(model, common.reporter)
     generator, name = load_generator(
-        path, adapter=adapter, dtype=common.prepare().dtype, device=common.device, quantize=o["quantize"]
+        path,
+        adapter=adapter,
+        dtype=common.prepare().dtype,
+        device=common.device,
+        quantize=o["quantize"],
+        memory_bytes=o["memory_bytes"],
     )
     if o["prompts"] is not None:
         stats = generate_file(generator, o["prompts"], o["out"], params, adapter=name, reporter=common.reporter)
@@ -601,6 +628,7 @@ def generate(common: Common, prompt: str | None, model: str, adapter: str | None
 @model_option
 @adapter_option
 @quantize_option
+@memory_option
 @_sampling
 @common
 def chat(common: Common, model: str, adapter: str | None, **o: Any) -> None:
@@ -615,7 +643,12 @@ def chat(common: Common, model: str, adapter: str | None, **o: Any) -> None:
 
     path = existing_model(model, common.reporter)
     generator, name = load_generator(
-        path, adapter=adapter, dtype=common.prepare().dtype, device=common.device, quantize=o["quantize"]
+        path,
+        adapter=adapter,
+        dtype=common.prepare().dtype,
+        device=common.device,
+        quantize=o["quantize"],
+        memory_bytes=o["memory_bytes"],
     )
     if adapter and not o["stop"]:
         o["stop"] = STOP
@@ -672,13 +705,31 @@ def bench(what: str, arguments: tuple[str, ...]) -> None:
 
 
 @cli.command()
+@click.option("--model", help="Plan the memory of this model: a folder, .gguf file, name, or shape such as mpt-30b.")
+@quantize_option
+@click.option("--kv-dtype", metavar="FORMAT", help="KV cache in bf16, fp16, fp32, int8 or fp8.  [default: the dtype]")
+@click.option("--memory", metavar="SIZE", help="Plan for a GPU of 24GB, h100-80gb, …; with --device cpu a cap.")
+@click.option("--context", type=click.IntRange(1), default=1000, show_default=True, help="Tokens of a sequence.")
 @common
-def doctor(common: Common) -> None:
-    """Say what this machine has, what will be used, and what is missing."""
-    from .doctor import examine, format_findings
+def doctor(common: Common, model: str | None, context: int, **o: Any) -> None:
+    """Say what this machine has, what will be used, and what is missing; with --model, where memory would go.
 
-    findings = examine()
-    common.show(findings, lambda: format_findings(findings))
+    \b
+    Examples:
+      specialize doctor
+      specialize doctor --model mpt-30b --quantize int8 --kv-dtype int8 --memory h100-80gb
+    """
+    from .doctor import examine, format_findings, format_plan, plan_model
+
+    if model is None:
+        for name, value in o.items():
+            if value is not None:
+                raise InputError(f"doctor: --{name.replace('_', '-')} needs --model")
+        findings = examine()
+        common.show(findings, lambda: format_findings(findings))
+        return
+    plan = plan_model(model, reporter=common.reporter, device=common.device, dtype=common.dtype, **o)
+    common.show(plan.as_dict(context), lambda: format_plan(plan, context))
 
 
 def main(arguments: list[str] | None = None) -> None:

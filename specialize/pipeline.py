@@ -49,12 +49,14 @@ class Run:
         *,
         reporter: Reporter | None = None,
         device: str = "auto",
+        memory_bytes: int | None = None,
     ):
         self.folder = folder
         self.recipe = recipe
         self.inputs = dict(inputs)
         self.reporter = reporter or Reporter()
         self.device = device
+        self.memory_bytes = memory_bytes
         self.seeds = read_seeds(inputs["seeds"])
         self.tasks = read_tasks(inputs["tasks"])
         self.kinds = kinds_of(self.seeds)
@@ -236,10 +238,15 @@ class Run:
         """The generator with the base's weights, loaded when first needed."""
         if self._generator is None:
             from .engine.generator import Generator
+            from .engine.scheduler import EngineConfig
 
             self.reporter.say(f"loading {self.model_path.name}")
             self._generator = Generator.from_pretrained(
-                self.model_path, dtype=self.recipe.dtype, device=self.device, quantize=self.recipe.quantize
+                self.model_path,
+                dtype=self.recipe.dtype,
+                device=self.device,
+                config=EngineConfig(memory_bytes=self.memory_bytes),
+                quantize=self.recipe.quantize,
             )
             self._adapter_names = {}
         return self._generator

@@ -53,12 +53,21 @@ class fetch_progress:  # a context manager that reads like a function
 
 
 def load_generator(
-    model: Path, *, adapter: str | None, dtype: str, device: str, quantize: str | None = None
+    model: Path,
+    *,
+    adapter: str | None,
+    dtype: str,
+    device: str,
+    quantize: str | None = None,
+    memory_bytes: int | None = None,
 ) -> tuple[Any, str | None]:
-    """(generator, the adapter's name in it). A single adapter stays beside the weights, so that numbers are its own."""
+    """(generator, the adapter's name in it). A single adapter stays beside the weights, so that numbers are its own.
+    ``memory_bytes`` caps what the process takes."""
     from .engine.generator import Generator
+    from .engine.scheduler import EngineConfig
 
-    generator = Generator.from_pretrained(model, dtype=dtype, device=device, quantize=quantize)
+    config = EngineConfig(memory_bytes=memory_bytes)
+    generator = Generator.from_pretrained(model, dtype=dtype, device=device, config=config, quantize=quantize)
     return generator, generator.load_adapter(adapter) if adapter else None
 
 
@@ -199,6 +208,7 @@ def evaluate_model(
     model_name: str,
     reporter: Reporter,
     quantize: str | None = None,
+    memory_bytes: int | None = None,
 ) -> dict[str, Any]:
     """The content of ``eval.json`` for one model, with or without an adapter."""
     from .evaluate import System, evaluate
@@ -207,7 +217,9 @@ def evaluate_model(
     tasks = read_tasks(tasks_path)
     if adapter is not None and not (Path(adapter) / "adapter_model.safetensors").is_file():
         raise InputError(f"adapter: {adapter} holds no adapter_model.safetensors")
-    generator, name = load_generator(model_path, adapter=adapter, dtype=dtype, device=device, quantize=quantize)
+    generator, name = load_generator(
+        model_path, adapter=adapter, dtype=dtype, device=device, quantize=quantize, memory_bytes=memory_bytes
+    )
     total = sum(len(t.examples[: limit or None]) for t in tasks) * len(shots)
     with reporter.bar("evaluate", total, "replies") as bar, Ledger(":memory:") as ledger:
         report = evaluate(

@@ -289,6 +289,38 @@ def test_doctor(capsys):
     assert json.loads(call(capsys, "doctor", "--json")[1])["packages"]["torch"]
 
 
+def test_doctor_plans_without_weights_or_device(capsys):
+    options = ("--model", "mpt-30b", "--quantize", "int8", "--kv-dtype", "int8", "--memory", "h100-80gb")
+    code, out, err = call(capsys, "doctor", *options)
+    assert code == 0, err
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if line}
+    assert rows["weights"][1] == "30.33" and rows["room"][2] == "68"
+    plan = json.loads(call(capsys, "doctor", *options, "--json", "--context", 2000)[1])
+    assert plan["num_sequences"] == 34 and plan["fits"]
+    code, out, _ = call(capsys, "doctor", "--model", "mpt-30b", "--memory", "24GB")
+    assert code == 0 and out.rstrip().endswith("does not fit: the parts above leave no room for the KV cache")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--memory", "24GB"), "--memory needs --model"),
+        (("--model", "mpt-9b"), "shapes known by name: smollm2-135m, llama-3.1-8b, mpt-7b, mpt-30b"),
+        (("--model", "mpt-7b", "--memory", "lots"), "give a size such as 80GB, or a card: a100-40gb"),
+        (("--model", "mpt-7b", "--kv-dtype", "int3"), "kv-dtype 'int3' is not supported"),
+    ],
+)
+def test_doctor_refuses_in_one_line(capsys, options, message):
+    code, _, err = call(capsys, "doctor", *options)
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_a_cap_too_small_is_refused_before_work(capsys, tiny):
+    options = ("--model", tiny.inputs["model"], "--dtype", "fp32", "--device", "cpu", "--memory", "1MB", "Say")
+    code, _, err = call(capsys, "generate", *options)
+    assert code == 2 and "does not fit in 0.00 GB on cpu: process" in err
+
+
 def test_chat_reads_lines(capsys, tiny, monkeypatch):
     import io
 
