@@ -11,13 +11,14 @@ import json
 import math
 import os
 import random
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +88,12 @@ def make_workload(
     prompt_tokens: int,
     new_tokens: int,
     shared_prefix: int = 0,
+    groups: int = 1,
     spread: float = 0.5,
     seed: int = 0,
 ) -> Workload:
     """``batch`` prompts of ``prompt_tokens`` on average, between 1 − spread and 1 + spread of it; the first
-    ``shared_prefix`` tokens beside them are the same for all."""
+    ``shared_prefix`` tokens beside them are the same for all of a group. Groups take turns in the order of prompts."""
     rng = random.Random(seed)
 
     def tokens(count: int, which: int) -> list[int]:
@@ -100,12 +102,13 @@ def make_workload(
             return [own.randrange(vocab_size) for _ in range(count)]
         return encode(made_up_text(2 * count + 8, seed * 1_000_003 + which))[:count]
 
-    prefix = tokens(shared_prefix, -1) if shared_prefix else []
+    prefixes = [tokens(shared_prefix, -1 - group) if shared_prefix else [] for group in range(groups)]
     prompts = []
     for place in range(batch):
         length = max(1, round(prompt_tokens * (1 + spread * (2 * rng.random() - 1))))
-        prompts.append(prefix + tokens(length, place))
-    return Workload(f"b{batch}-p{prompt_tokens}-n{new_tokens}-s{shared_prefix}", prompts, new_tokens)
+        prompts.append(prefixes[place % groups] + tokens(length, place))
+    name = f"b{batch}-p{prompt_tokens}-n{new_tokens}-s{shared_prefix}" + (f"-g{groups}" if groups > 1 else "")
+    return Workload(name, prompts, new_tokens)
 
 
 def read_prompts(path: Path, encode: Callable[[str], list[int]], new_tokens: int) -> Workload:
@@ -147,7 +150,13 @@ def time_ours(generator: Generator, workload: Workload) -> dict[str, Any]:
     short = [c.index for c in completions if len(c.token_ids) != workload.new_tokens]
     if short:
         raise RuntimeError(f"{len(short)} completions do not have the {workload.new_tokens} tokens asked for")
-    return {"seconds": seconds, **generator.stats.as_dict()} | {"seconds": seconds}
+    tokens = [c.token_ids for c in completions]
+    return {**generator.stats.as_dict(), "seconds": seconds, "peak_memory_mib": peak_memory_mib(), "token_ids": tokens}
+
+
+def peak_memory_mib() -> float:
+    """The most memory that this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1 << 20)
 
 
 def floor_seconds(generator: Generator, workload: Workload, cached_tokens: int) -> dict[str, float] | None:
@@ -243,7 +252,8 @@ def compare(
     ours, theirs = [], []
     try:
         for _ in range(repeats):
-            ours.append(time_ours(generator, workload))
+            ours.append(run := time_ours(generator, workload))
+            run.pop("token_ids")
             if other is not None:
                 answer = other.ask(
                     "run", prompts=workload.prompts, new_tokens=workload.new_tokens,
@@ -268,6 +278,33 @@ def compare(
         row["peer_tokens_per_s"] = generated / row["peer_seconds"]
         row["times_peer"] = row["peer_seconds"] / row["seconds"]
     return row
+
+
+def compare_prefix_reuse(
+    model: str, workload: Workload, *, dtype: str, device: str, config: EngineConfig, repeats: int
+) -> dict[str, Any]:
+    """One workload with prefix reuse and without it, in turns, greedily; how many completions are the same."""
+    place = str(choose_device(device))
+    with_reuse = load_generator(model, dtype, place, replace(config, prefix_cache=True))
+    without = Generator(with_reuse.model, with_reuse.tokenizer, replace(config, prefix_cache=False))
+    workload = replace(workload, temperature=0.0)
+    times: dict[str, list[float]] = {"on": [], "off": []}
+    tokens: dict[str, list[list[int]]] = {}
+    stats: dict[str, Any] = {}
+    for name, generator in (("on", with_reuse), ("off", without)) * repeats:
+        generator.warm_up()
+        run = time_ours(generator, workload)
+        times[name].append(run["seconds"])
+        tokens[name], stats[name] = run.pop("token_ids"), run
+    same = sum(a == b for a, b in zip(tokens["on"], tokens["off"], strict=True))
+    seconds, without_seconds = statistics.median(times["on"]), statistics.median(times["off"])
+    return {
+        "name": workload.name, "model": model, "dtype": dtype, "prompts": len(workload.prompts),
+        "prompt_tokens": workload.prompt_tokens, "new_tokens": workload.new_tokens, **environment(),
+        "seconds": seconds, "tokens_per_s": len(workload.prompts) * workload.new_tokens / seconds,
+        "without_reuse_seconds": without_seconds, "times_without_reuse": without_seconds / seconds,
+        "same_completions": same, "all_seconds": times, "stats": stats,
+    }  # fmt: skip
 
 
 def split_step(generator: Generator, workload: Workload, steps: int = 24) -> dict[str, float]:
@@ -326,6 +363,7 @@ def gpu_suite(seconds: float, out: Path) -> int:
             warm = Workload("warm", workload.prompts[: max(2, batch // 8)], 4)
             time_ours(generator, warm)
             run = time_ours(generator, workload)
+            run.pop("token_ids")
             row = {"name": f"{model.removeprefix('random:')} {workload.name}", **environment(), "stats": run}
             row |= {"seconds": run["seconds"], "tokens_per_s": batch * new_tokens / run["seconds"]}
             floor = floor_seconds(generator, workload, run["cached_prompt_tokens"])
@@ -360,6 +398,9 @@ def format_row(row: dict[str, Any]) -> str:
         text += f"  floor {row['floor_seconds']:.2f} s ({100 * row['share']:.0f} %)"
     if "step_ms" in row:
         text += f"  step {row['step_ms']:.2f} ms, idle {row['idle_ms']:.2f} ms"
+    if "times_without_reuse" in row:
+        text += f"  without reuse {row['without_reuse_seconds']:.2f} s: {row['times_without_reuse']:.2f} times"
+        text += f", {row['same_completions']} of {row['prompts']} completions the same"
     if "times_peer" in row:
         text += f"  {row['peer']} {row['peer_seconds']:.2f} s: {row['times_peer']:.2f} times"
     return text
@@ -382,6 +423,13 @@ def _numbers(_: Any, __: Any, value: str) -> list[int]:
 @click.option("--prompt-tokens", default="343", show_default=True, callback=_numbers, help="Mean prompt lengths.")
 @click.option("--new-tokens", default="128", show_default=True, callback=_numbers, help="Output lengths.")
 @click.option("--shared-prefix", default="0", show_default=True, callback=_numbers, help="Shared prefix lengths.")
+@click.option("--groups", default=1, show_default=True, help="Groups of prompts, each with its own shared prefix.")
+@click.option(
+    "--compare-prefix-cache", is_flag=True, help="Time with and without prefix reuse, in turns; compare tokens."
+)
+@click.option(
+    "--spread", default=0.5, show_default=True, help="How far own prompt lengths lie around their mean, as a share."
+)
 @click.option("--repeats", default=3, show_default=True, help="Runs of each case; medians are reported.")
 @click.option("--peer", type=click.Choice(["transformers"]), help="Run this beside ours, in turns.")
 @click.option("--no-prefix-cache", is_flag=True, help="Compute every prompt token.")
@@ -393,7 +441,8 @@ def _numbers(_: Any, __: Any, value: str) -> list[int]:
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the rows here.")
 def command(
     model: str, dtype: str, device: str, threads: int | None, prompts: Path | None, batch: list[int],
-    prompt_tokens: list[int], new_tokens: list[int], shared_prefix: list[int], repeats: int, peer: str | None,
+    prompt_tokens: list[int], new_tokens: list[int], shared_prefix: list[int], groups: int, compare_prefix_cache: bool,
+    spread: float, repeats: int, peer: str | None,
     no_prefix_cache: bool, max_sequences: int | None, max_batch_tokens: int | None, page_size: int, suite: str | None,
     seconds: float, json_path: Path | None,
 ) -> int:  # fmt: skip
@@ -411,8 +460,12 @@ def command(
     )  # fmt: skip
     encode, vocab_size = _encoder(model)
     rows = []
-    for workload in _workloads(prompts, encode, vocab_size, batch, prompt_tokens, new_tokens, shared_prefix):
-        row = compare(model, workload, dtype=dtype, device=device, config=config, repeats=repeats, peer=peer)
+    shape = {"groups": groups, "spread": spread}
+    for workload in _workloads(prompts, encode, vocab_size, batch, prompt_tokens, new_tokens, shared_prefix, shape):
+        if compare_prefix_cache:
+            row = compare_prefix_reuse(model, workload, dtype=dtype, device=device, config=config, repeats=repeats)
+        else:
+            row = compare(model, workload, dtype=dtype, device=device, config=config, repeats=repeats, peer=peer)
         row["config"] = asdict(config)
         rows.append(row)
         click.echo(format_row(row))
@@ -442,13 +495,18 @@ def _encoder(model: str) -> tuple[Callable[[str], list[int]] | None, int]:
 def _workloads(
     prompts: Path | None, encode: Callable[[str], list[int]] | None, vocab_size: int, batch: Sequence[int],
     prompt_tokens: Sequence[int], new_tokens: Sequence[int], shared_prefix: Sequence[int],
+    shape: dict[str, Any],
 ) -> list[Workload]:  # fmt: skip
     if prompts is not None:
         if encode is None:
             raise InputError("--prompts needs a model with a tokenizer, not random weights")
         return [read_prompts(prompts, encode, n) for n in new_tokens]
+    if not 1 <= shape["groups"] <= min(batch) or not 0 <= shape["spread"] <= 1:
+        raise InputError(
+            f"--groups is {shape['groups']}, --spread {shape['spread']}; allowed: 1 to --batch, and 0 to 1"
+        )
     return [
-        make_workload(encode, vocab_size, batch=b, prompt_tokens=p, new_tokens=n, shared_prefix=s)
+        make_workload(encode, vocab_size, batch=b, prompt_tokens=p, new_tokens=n, shared_prefix=s, **shape)
         for b in batch
         for p in prompt_tokens
         for n in new_tokens

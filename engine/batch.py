@@ -147,6 +147,11 @@ def build_step(plan: StepPlan, rows: Rows, device: torch.device | str) -> tuple[
         "min_p": rows.min_p[sampled],
         "repetition_penalty": rows.repetition_penalty[sampled],
     }
+    max_prefix_len = 0
+    if plan.prefixes is not None:
+        arrays["prefix_groups"] = plan.prefixes.starts
+        arrays["prefix_lens"] = plan.prefixes.lens * np.int32(size)
+        max_prefix_len = int(plan.prefixes.num_pages.max()) * size
     has_adapters = bool((arrays["adapter_index"] >= 0).any())
     tensors = upload(arrays, device)
     batch = Batch(
@@ -160,6 +165,9 @@ def build_step(plan: StepPlan, rows: Rows, device: torch.device | str) -> tuple[
         slots=tensors.pop("slots"),
         page_table=tensors.pop("page_table"),
         adapter_index=tensors.pop("adapter_index") if has_adapters else None,
+        prefix_groups=tensors.pop("prefix_groups", None),
+        prefix_lens=tensors.pop("prefix_lens", None),
+        max_prefix_len=max_prefix_len,
     )
     return batch, tensors
 

@@ -1,8 +1,9 @@
 """CUDA graphs of decode steps: a step of one token per sequence is launched as a whole, not kernel by kernel.
 
 A model of 30 layers takes some 300 launches a step, which cost the host more time than the device needs for the work.
-A graph is recorded per bucket (sequences rounded up, longest context rounded up) and choice of adapters, ahead of
-use or when a bucket comes up again; rows beyond the batch write nowhere (slot -1) and attend to one token.
+A graph is recorded per bucket (sequences, longest context, longest shared prefix, each rounded up) and choice of
+adapters, ahead of use or when a bucket comes up again; rows beyond the batch write nowhere (slot -1) and attend to one
+token.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .model import LayerAdapters, Model
 RECORD_AT_USE = 3  # a bucket seen less often is not worth recording
 MIN_CONTEXT = 1024
 MAX_GRAPHS = 64
-_Key = tuple[int, int, LayerAdapters | None]  # sequences, context, adapters
+_Key = tuple[int, int, int, LayerAdapters | None]  # sequences, context, shared prefix, adapters
 
 
 class _Graph:
@@ -32,6 +33,7 @@ class _Graph:
         cache: KVCache,
         size: int,
         max_context: int,
+        max_prefix: int,
         adapters: LayerAdapters | None,
         pool: Any,
     ) -> None:
@@ -43,6 +45,10 @@ class _Graph:
         width = -(-max_context // cache.page_size)
         self.page_table = torch.zeros(size, width, dtype=torch.int32, **place)
         self.adapter_index = None if adapters is None else torch.full((size,), -1, dtype=torch.int32, **place)
+        self.prefix_groups = torch.full((size + 1,), size, dtype=torch.int32, **place) if max_prefix else None
+        self.prefix_lens = torch.zeros(size, dtype=torch.int32, **place) if max_prefix else None
+        if self.prefix_groups is not None:
+            self.prefix_groups[0] = 0
         self._num_filled = 0
         batch = Batch(
             token_ids=self.token_ids,
@@ -55,6 +61,9 @@ class _Graph:
             slots=self.slots,
             page_table=self.page_table,
             adapter_index=self.adapter_index,
+            prefix_groups=self.prefix_groups,
+            prefix_lens=self.prefix_lens,
+            max_prefix_len=max_prefix,
         )
         self._graph, self.logits = record(lambda: model.logits(model.forward(batch, cache, adapters)), model, pool)
 
@@ -72,6 +81,13 @@ class _Graph:
         self.page_table[:count, : batch.page_table.shape[1]].copy_(batch.page_table)
         if self.adapter_index is not None and batch.adapter_index is not None:
             self.adapter_index[:count].copy_(batch.adapter_index)
+        if self.prefix_groups is not None and self.prefix_lens is not None:
+            assert batch.prefix_groups is not None and batch.prefix_lens is not None
+            num_starts = len(batch.prefix_groups)
+            self.prefix_groups[:num_starts].copy_(batch.prefix_groups)
+            self.prefix_groups[num_starts:].fill_(len(self.prefix_lens))  # one group of all padding, then empty ones
+            self.prefix_lens[:count].copy_(batch.prefix_lens)
+            self.prefix_lens[count:].zero_()
         if count < self._num_filled:  # rows of an earlier, larger batch
             self.slots[count : self._num_filled].fill_(-1)
             self.positions[count : self._num_filled].zero_()
@@ -115,7 +131,9 @@ class DecodeGraphs:
         count = batch.num_sequences
         if self._off or batch.num_decodes != count or not count:
             return None
-        key = (bucket_size(count), bucket_context(batch.max_context_len, self._max_context), adapters)
+        context = bucket_context(batch.max_context_len, self._max_context)
+        prefix = min(bucket_prefix(batch.max_prefix_len), context - 1)
+        key = (bucket_size(count), context, prefix, adapters)
         graph = self._graphs.get(key)
         if graph is None:
             self._uses[key] = self._uses.get(key, 0) + 1
@@ -132,7 +150,7 @@ class DecodeGraphs:
         longest = min(max_context or self._max_context, self._max_context)
         context = bucket_context(1, self._max_context)
         while not self._off:
-            key = (bucket_size(num_sequences), context, None)
+            key = (bucket_size(num_sequences), context, 0, None)
             if key not in self._graphs:
                 self._record(key)
             if context >= longest:
@@ -141,7 +159,7 @@ class DecodeGraphs:
 
     def forget(self) -> None:
         """Before adapters change: graphs read their tensors where they lie."""
-        self._graphs = {key: graph for key, graph in self._graphs.items() if key[2] is None}
+        self._graphs = {key: graph for key, graph in self._graphs.items() if key[3] is None}
         self._uses.clear()
 
     def drop(self) -> None:
@@ -179,3 +197,8 @@ def bucket_context(longest: int, max_context: int) -> int:
     while bucket < longest:
         bucket *= 2
     return min(bucket, max_context)
+
+
+def bucket_prefix(longest: int) -> int:
+    """The shared prefix that kernels are launched for: a power of two, or 0 for none."""
+    return 1 << (longest - 1).bit_length() if longest else 0

@@ -26,6 +26,7 @@ from .model import Model
 from .outputs import Outputs
 from .pages import PageAllocator
 from .plan import plan_on_device
+from .prefixes import prefix_order
 from .quantize import Quantization, agree, stored_quantization
 from .rows import Sequence as SequenceState
 from .rows import StepPlan
@@ -48,13 +49,15 @@ class Stats:
     """Sums over a generator's life. ``seconds`` is time spent in steps, host work included; ``warmup_seconds`` went
     before them into compiling kernels, packing weights and recording decode graphs.
 
-    ``dropped_tokens`` were drawn for sequences that had ended one step before.
+    ``dropped_tokens`` were drawn for sequences that had ended one step before. ``shared_decode_tokens`` of the contexts
+    were read with those of another sequence: their prefixes lie in the same pages.
     """
 
     requests: int = 0
     failed: int = 0
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
+    shared_decode_tokens: int = 0
     generated_tokens: int = 0
     dropped_tokens: int = 0
     computed_tokens: int = 0
@@ -170,7 +173,8 @@ class Generator:
         """Completes all prompts; n per prompt, in the prompts' order.
 
         A prompt's place in the list is its request id, which keys its random stream, unless ``request_ids`` says
-        otherwise. All prompts are checked before any work; the first unusable one raises InputError.
+        otherwise. All prompts are checked before any work; the first unusable one raises InputError. Prompts that begin
+        alike run together, whatever their places.
         ``on_completion`` hears of each completion as soon as it is done.
         """
         requests = self._requests(prompts, params, adapter, request_ids)
@@ -182,7 +186,7 @@ class Generator:
         if len(order) != len(requests):
             raise InputError("request_ids: each must differ from the others")
         results: list[list[Completion | None]] = [[None] * request.params.n for request in requests]
-        for completion in self.run(requests):
+        for completion in self.run(sorted(requests, key=prefix_order)):
             results[order[completion.request_id]][completion.index] = completion
             if on_completion is not None:
                 on_completion(completion)
@@ -389,6 +393,8 @@ class Generator:
             raise
         self.stats.steps += 1
         self.stats.computed_tokens += plan.num_tokens
+        if plan.prefixes is not None:
+            self.stats.shared_decode_tokens += plan.prefixes.num_spared * self.config.page_size
         return _Step(plan, draws)
 
     def _land(self, outputs: Outputs, flying: list[_Step]) -> list[Completion | str]:

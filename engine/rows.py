@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from .prefixes import PrefixGroups
     from .sampler import SamplingParams
 
 UNKNOWN = -1
@@ -72,6 +73,7 @@ class StepPlan:
     sampled_rows: np.ndarray  # i64
     sampled_at: np.ndarray  # i64
     serials: np.ndarray  # i64
+    prefixes: PrefixGroups | None = None  # of the decodes
 
     @property
     def num_tokens(self) -> int:

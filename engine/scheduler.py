@@ -19,6 +19,7 @@ import numpy as np
 from specialize.errors import InputError
 
 from .pages import PageAllocator, page_key
+from .prefixes import MIN_PREFIX_TOKENS, PrefixGroups, group_by_prefix
 from .rows import UNKNOWN, Chunk, Rows, Sequence, StepPlan
 
 
@@ -87,6 +88,7 @@ class Scheduler:
         self._running: list[Sequence] = []  # by admission
         self._decodes: list[Sequence] = []
         self._decode_rows = np.empty(0, np.int64)
+        self._prefixes: PrefixGroups | None = None
         self._prefills: list[Sequence] = []
         self._dirty = False
 
@@ -198,7 +200,7 @@ class Scheduler:
 
     def _plan(self, chunks: list[Chunk]) -> StepPlan:
         """Puts decodes and chunks together and counts the tokens that they will bring."""
-        rows, decode_rows = self.rows, self._decode_rows
+        rows, decode_rows, prefixes = self.rows, self._decode_rows, self._prefixes
         decodes = self._decodes.copy()
         ending = [c.sequence for c in chunks if c.num_draws]
         sampled_rows = decode_rows
@@ -221,6 +223,7 @@ class Scheduler:
             sampled_rows=sampled_rows,
             sampled_at=sampled_at,
             serials=rows.serial[sampled_rows],
+            prefixes=prefixes,
         )
 
     def _is_end(self, token_ids: np.ndarray) -> np.ndarray:
@@ -333,9 +336,24 @@ class Scheduler:
         return preempted
 
     def _collect_decode_rows(self) -> None:
-        if self._dirty:
-            self._decode_rows = np.fromiter((s.row for s in self._decodes), np.int64, len(self._decodes))
-            self._dirty = False
+        """After sequences came or went. Decodes that begin with the same pages stand together."""
+        if not self._dirty:
+            return
+        self._dirty = False
+        ids = np.fromiter((s.row for s in self._decodes), np.int64, len(self._decodes))
+        if self.prefix_cache and len(ids) > 1:
+            rows, size = self.rows, self.allocator.page_size
+            num_full = (rows.num_known[ids] - 1) // size
+            width = int(num_full.max())
+            order, self._prefixes = group_by_prefix(
+                rows.page_table[ids, :width], num_full, -(-MIN_PREFIX_TOKENS // size)
+            )
+            if self._prefixes is not None:
+                self._decodes = [self._decodes[i] for i in order.tolist()]
+                ids = ids[order]
+        else:
+            self._prefixes = None
+        self._decode_rows = ids
 
     def _publish_decoded(self, sequence: Sequence, num_full: int) -> None:
         """Makes pages of generated tokens findable: all their tokens are known, and run by this step at the latest."""

@@ -105,7 +105,8 @@ def run_jobs(
     }
 
     def requests() -> Iterator[Request]:
-        for request_id, job in waiting.items():
+        # Prompts that share demonstrations follow each other, so that these are computed once.
+        for request_id, job in sorted(waiting.items(), key=lambda pair: (pair[1].adapter or "", pair[1].prompt)):
             ids = generator.tokenizer.encode(job.prompt)
             yield Request(prompt_ids=ids, params=job.params, adapter=job.adapter, request_id=request_id)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from specialize.engine import scheduler
 from specialize.engine.adapter import save_part_matrices
 from specialize.engine.config import ModelConfig
 from specialize.engine.generator import Generator, choose_device, choose_dtype
@@ -29,6 +30,11 @@ MPT = ModelConfig(
 )  # fmt: skip
 WINDOWED = ModelConfig("mistral", 256, 32, 48, 2, 4, num_kv_heads=1, max_context=CONTEXT, sliding_window=9)
 GREEDY = SamplingParams(max_tokens=10, temperature=0, ignore_eos=True)
+
+
+@pytest.fixture(autouse=True)
+def short_prefixes_are_shared(monkeypatch):
+    monkeypatch.setattr(scheduler, "MIN_PREFIX_TOKENS", 1)
 
 
 @pytest.fixture(scope="module")
@@ -174,11 +180,23 @@ def test_a_shared_prefix_is_computed_once(model):
     assert [c.token_ids for c in with_cache.generate(prompts, GREEDY)] == [
         c.token_ids for c in without.generate(prompts, GREEDY)
     ]
-    assert without.stats.cached_prompt_tokens == 0
+    assert without.stats.cached_prompt_tokens == without.stats.shared_decode_tokens == 0
+    assert with_cache.stats.shared_decode_tokens > 9 * 40
     assert with_cache.stats.cached_prompt_tokens >= 9 * 40
     before = with_cache.stats.computed_tokens
     with_cache.generate(prompts, GREEDY)
     assert with_cache.stats.computed_tokens - before < before  # the second time all but the ends are there
+
+
+def test_prompts_that_begin_alike_run_together(model):
+    """Two groups, given alternately, of which only one fits at a time: each prefix is computed once all the same."""
+    groups = [prompts_of(seed, 4, 5, shared=40) for seed in (31, 32)]
+    mixed = [prompt for pair in zip(*groups, strict=True) for prompt in pair]
+    generator = Generator(model, None, EngineConfig(page_size=4, num_pages=24, max_sequences=3))
+    done = generator.generate(mixed, GREEDY)
+    assert [c.token_ids for c in done] == [c.token_ids for c in Generator(model).generate(mixed, GREEDY)]
+    assert [c.request_id for c in done] == list(range(8))
+    assert generator.stats.cached_prompt_tokens >= 2 * 3 * 40
 
 
 def test_cached_pages_belong_to_one_adapter(model, adapter_folders):

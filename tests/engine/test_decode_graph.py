@@ -1,0 +1,108 @@
+"""Recorded decode steps without a GPU: a recording is a function that is called again, on the same static tensors."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from specialize.engine import decode_graph
+from specialize.engine.adapter import save_part_matrices
+from specialize.engine.config import ModelConfig
+from specialize.engine.generator import Generator
+from specialize.engine.model import Model
+from specialize.engine.sampler import SamplingParams
+from specialize.engine.scheduler import EngineConfig
+
+CONFIG = ModelConfig("llama", 256, 32, 48, 2, 4, num_kv_heads=2, max_context=256)
+
+
+class Replayed:
+    def __init__(self, step) -> None:
+        self._step, self.out = step, step().clone()
+
+    def replay(self) -> None:
+        self.out.copy_(self._step())
+
+    def pool(self) -> None:
+        return None
+
+
+@pytest.fixture
+def model():
+    return Model.random(CONFIG, 3, std=0.3)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Counts what is recorded and lets the CPU take part."""
+    graphs: list[Replayed] = []
+
+    def record(step, model, pool):
+        graphs.append(Replayed(step))
+        return graphs[-1], graphs[-1].out
+
+    monkeypatch.setattr(decode_graph, "record", record)
+    monkeypatch.setattr(decode_graph, "MIN_CONTEXT", 32)
+    return graphs
+
+
+def with_graphs(model: Model, config: EngineConfig, adapters=None) -> Generator:
+    generator = Generator(model, None, config, adapters)
+    generator._graphs._off = False
+    return generator
+
+
+def prompts_of(groups: int, each: int, shared: int) -> list[list[int]]:
+    rng = random.Random(groups)
+    prefixes = [[rng.randrange(256) for _ in range(shared)] for _ in range(groups)]
+    return [p + [rng.randrange(256) for _ in range(rng.randint(1, 20))] for p in prefixes for _ in range(each)]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("shared", [0, 80])
+def test_replayed_steps_give_the_same_tokens(model, recorded, overlap, shared):
+    prompts = prompts_of(3, 3, shared)
+    params = [SamplingParams(max_tokens=8 + 4 * i, temperature=0.8 * (i % 2)) for i in range(len(prompts))]
+    plain = Generator(model, None, EngineConfig(page_size=4, prefix_cache=False))
+    truth = [c.token_ids for c in plain.generate(prompts, params)]
+    generator = with_graphs(model, EngineConfig(page_size=4, max_sequences=7, overlap=overlap))
+    for _ in range(2):
+        assert [c.token_ids for c in generator.generate(prompts, params)] == truth
+    assert len(recorded) > 3
+    assert (generator.stats.shared_decode_tokens > 0) == (shared > 0)
+
+
+def test_warming_up_records_ahead(model, recorded):
+    generator = with_graphs(model, EngineConfig(page_size=4, max_sequences=6))
+    generator.warm_up(5, max_context=100)
+    assert len(recorded) == 3  # of 8 sequences, for 32, 64 and 128 tokens
+    generator.generate([[1, 2]] * 5, SamplingParams(max_tokens=40, temperature=0))
+    assert len(recorded) == 3
+
+
+def test_adapters_are_replayed_and_forgotten_when_they_change(model, recorded, tmp_path):
+    for number in range(2):
+        torch.manual_seed(number)
+        parts = {
+            part.path: (torch.randn(2, a.linear.in_features), torch.randn(part.stop - part.start, 2) * 0.3)
+            for a in model.adaptable
+            for part in a.parts
+        }
+        targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+        save_part_matrices(tmp_path / str(number), parts, rank=2, alpha=4, targets=targets)
+    prompts = prompts_of(2, 3, 0)
+    params = SamplingParams(max_tokens=12, temperature=0)
+    names = {"a": tmp_path / "0", "b": tmp_path / "1"}
+    plain = Generator(model, None, EngineConfig(page_size=4), names)
+    generator = with_graphs(model, EngineConfig(page_size=4), names)
+    for wanted in ([None, "a", "b", "a", "b", None], ["a"] * 6, [None] * 6):
+        truth = [c.token_ids for c in plain.generate(prompts, params, adapter=wanted)]
+        assert [c.token_ids for c in generator.generate(prompts, params, adapter=wanted)] == truth
+    assert len(recorded) >= 3
+    plain.unload_adapter("a")
+    generator.unload_adapter("a")
+    plain.load_adapter(tmp_path / "1", "a")
+    generator.load_adapter(tmp_path / "1", "a")
+    truth = [c.token_ids for c in plain.generate(prompts, params, adapter="a")]
+    assert [c.token_ids for c in generator.generate(prompts, params, adapter="a")] == truth
