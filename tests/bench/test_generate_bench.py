@@ -28,6 +28,38 @@ def test_workloads_are_repeatable_and_share_what_is_asked():
     assert all(0 <= token < 97 for prompt in random_ids.prompts for token in prompt)
 
 
+def test_groups_of_prompts_have_prefixes_of_their_own():
+    work = bench.make_workload(None, 97, batch=6, prompt_tokens=5, new_tokens=4, shared_prefix=9, groups=2, spread=0)
+    assert work.name == "b6-p5-n4-s9-g2" and {len(p) for p in work.prompts} == {14}
+    assert {tuple(p[:9]) for p in work.prompts[::2]} != {tuple(p[:9]) for p in work.prompts[1::2]}
+    assert len({tuple(p[:9]) for p in work.prompts}) == 2
+
+
+def test_prefix_reuse_is_compared_with_none(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(bench.SHAPES, "smollm2-135m", TINY)
+    arguments = [
+        "--model",
+        "random:smollm2-135m",
+        "--dtype",
+        "fp32",
+        "--device",
+        "cpu",
+        "--batch",
+        "4",
+        "--groups",
+        "2",
+    ]
+    arguments += ["--prompt-tokens", "8", "--new-tokens", "4", "--shared-prefix", "20", "--repeats", "1"]
+    out = tmp_path / "rows.json"
+    assert bench.main([*arguments, "--compare-prefix-cache", "--json", str(out)]) == 0
+    [row] = json.loads(out.read_text())
+    assert row["same_completions"] == 4 and row["times_without_reuse"] > 0
+    assert row["stats"]["on"]["cached_prompt_tokens"] == 2 * 16 and row["stats"]["off"]["cached_prompt_tokens"] == 0
+    assert "4 of 4 completions the same" in capsys.readouterr().out
+    with pytest.raises(InputError, match="--groups is 5"):
+        bench.main([*arguments, "--groups", "5"])
+
+
 def test_prompt_files_name_the_bad_line(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt_ids": [1, 2]}\n{"prompt": "ab"}\n')
