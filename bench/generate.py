@@ -1,24 +1,23 @@
-"""Throughput of the generator: sweeps over batch, prompt, output and shared-prefix lengths, alone or beside a peer.
+"""Throughput of the generator: sweeps over the number of prompts, prompt, output and shared-prefix lengths.
 
-Correctness comes first: with a peer, greedy tokens in fp32 must agree on a few prompts before anything is timed. Ours
-and the peer take turns, and medians are reported. ``--suite gpu`` runs random weights of real models' shapes.
+Other software on the same work: ``bench peers``. ``--suite gpu`` runs random weights of real models' shapes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
-import math
 import os
 import random
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from ..engine.runner import Runner
 from ..engine.sampler import SamplingParams
 from ..engine.scheduler import EngineConfig
 from .environment import ceilings, environment
+from .floor import Ceilings, generation_floor, measure_cpu
 
 SHAPES = {
     "smollm2-135m": ModelConfig(
@@ -142,6 +142,7 @@ def time_ours(generator: Generator, workload: Workload) -> dict[str, Any]:
     """One run; seconds include everything between the call and the last completion."""
     generator.allocator.forget_contents()
     generator.stats = Stats()
+    forget_peak_memory()
     if generator.model.device.type == "cuda":
         torch.cuda.synchronize()
     began = time.perf_counter()
@@ -154,129 +155,61 @@ def time_ours(generator: Generator, workload: Workload) -> dict[str, Any]:
     return {**generator.stats.as_dict(), "seconds": seconds, "peak_memory_mib": peak_memory_mib(), "token_ids": tokens}
 
 
+def forget_peak_memory() -> None:
+    """``peak_memory_mib`` counts from now on, where the system lets a process say so (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory_mib() -> float:
-    """The most memory that this process has held so far."""
+    """The most memory that this process has held since ``forget_peak_memory``; elsewhere than on Linux, ever."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1 << 20)
 
 
-def floor_seconds(generator: Generator, workload: Workload, cached_tokens: int) -> dict[str, float] | None:
-    """Seconds for the matrix operations, and for the bytes, that cannot be avoided, at the GPU's measured ceilings.
+def floor_seconds(generator: Generator, workload: Workload, cached_tokens: int) -> dict[str, float]:
+    """Seconds for the operations, and for the bytes, that cannot be avoided, at the device's measured ceilings.
 
     ``cached_tokens`` of the prompts came from the prefix cache.
     """
-    if generator.model.device.type != "cuda":
-        return None
+    floor = generation_floor(
+        generator.model.config, [len(prompt) for prompt in workload.prompts], workload.new_tokens,
+        _measured(generator.model.device.type, generator.model.dtype),
+        bytes_per_weight=generator.model.dtype.itemsize, bytes_per_cache_value=generator.model.dtype.itemsize,
+        batch=min(generator.max_sequences, len(workload.prompts)), cached_tokens=cached_tokens,
+    )  # fmt: skip
+    return {"operations": floor["compute_s"], "bytes": floor["move_s"]}
+
+
+@cache
+def _measured(device: str, dtype: torch.dtype) -> Ceilings:
+    if device != "cuda":
+        return measure_cpu(dtype)
     measured = ceilings()
-    rate, bandwidth = measured["gemm_tflop_s"], measured["copy_gb_s"]
-    config, element = generator.model.config, generator.model.dtype.itemsize
-    per_token = sum(math.prod(a.linear.weight.shape) for a in generator.model.adaptable)
-    head = config.vocab_size * config.hidden_size
-    prompt = workload.prompt_tokens - cached_tokens
-    new = len(workload.prompts) * workload.new_tokens
-    operations = 2 * per_token * (prompt + new) + 2 * head * new
-    kv = 2 * config.num_layers * config.num_kv_heads * config.head_dim * element
-    groups = -(-len(workload.prompts) // generator.max_sequences)
-    read = sum(n * (len(p) + n / 2) for p in workload.prompts for n in (workload.new_tokens,)) * kv
-    read += groups * workload.new_tokens * (per_token + head) * element
-    return {"operations": operations / (rate * 1e12), "bytes": read / (bandwidth * 1e9)}
+    return Ceilings(1e12 * measured["gemm_tflop_s"], 1e9 * measured["copy_gb_s"])
 
 
-class PeerProcess:
-    """A peer's script; commands and answers are lines of JSON."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", f"{__package__}.peers.{name}_generate"], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
-
-    def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps({command: arguments}) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"peer {self.name} ended with code {self._process.wait()}")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise RuntimeError(f"peer {self.name}: {answer['error']}")
-        return answer
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-
-def check_greedy(peer_name: str, model: str, path: Path, device: str, workload: Workload) -> dict[str, Any]:
-    """Greedy tokens of a few prompts in fp32, ours against the peer's."""
-    prompts = [prompt[:200] for prompt in workload.prompts[:4]]
-    ours = load_generator(model, "fp32", device, EngineConfig(max_sequences=4, num_pages=256))
-    params = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
-    mine = [c.token_ids for c in ours.generate(prompts, params)]
-    peer = PeerProcess(peer_name)
-    try:
-        peer.ask("load", path=str(path), dtype="fp32", device=device, threads=torch.get_num_threads())
-        theirs = peer.ask("greedy", prompts=prompts, new_tokens=16)["token_ids"]
-    finally:
-        peer.close()
-    same = sum(a == b for a, b in zip(mine, theirs, strict=True))
-    return {"prompts": len(prompts), "tokens": 16, "equal": same}
-
-
-def compare(
-    model: str, workload: Workload, *, dtype: str, device: str, config: EngineConfig, repeats: int, peer: str | None
+def measure(
+    model: str, workload: Workload, *, dtype: str, device: str, config: EngineConfig, repeats: int
 ) -> dict[str, Any]:
-    """Ours, and in turns with it a peer, on one workload."""
-    place = str(choose_device(device))
+    """One row of results: medians of ``repeats`` runs, what the generator counted, the most memory held, the floor."""
     row: dict[str, Any] = {
         "name": workload.name, "model": model, "dtype": dtype, "prompts": len(workload.prompts),
         "prompt_tokens": workload.prompt_tokens, "new_tokens": workload.new_tokens, **environment(),
     }  # fmt: skip
-    other = None
-    if peer is not None:
-        from specialize.fetch import model_path
-
-        path = Path(model_path(model))
-        row["check"] = check = check_greedy(peer, model, path, place, workload)
-        if check["equal"] != check["prompts"]:
-            raise RuntimeError(f"greedy tokens differ from {peer}'s on {check['prompts'] - check['equal']} prompts")
-        other = PeerProcess(peer)
-        row["peer"] = peer
-        row["peer_version"] = other.ask(
-            "load", path=str(path), dtype=dtype, device=place, threads=torch.get_num_threads()
-        )["version"]
-    generator = load_generator(model, dtype, place, config)
+    generator = load_generator(model, dtype, device, config)
     generator.warm_up()
-    ours, theirs = [], []
-    try:
-        for _ in range(repeats):
-            ours.append(run := time_ours(generator, workload))
-            run.pop("token_ids")
-            if other is not None:
-                answer = other.ask(
-                    "run", prompts=workload.prompts, new_tokens=workload.new_tokens,
-                    temperature=workload.temperature, top_p=workload.top_p,
-                )  # fmt: skip
-                theirs.append(answer["seconds"])
-    finally:
-        if other is not None:
-            other.close()
-    seconds = [run["seconds"] for run in ours]
-    generated = len(workload.prompts) * workload.new_tokens
+    runs = [time_ours(generator, workload) for _ in range(repeats)]
+    for run in runs:
+        run.pop("token_ids")
+    seconds = [run["seconds"] for run in runs]
     row |= {"seconds": statistics.median(seconds), "all_seconds": seconds}
-    row["tokens_per_s"] = generated / row["seconds"]
-    row["stats"] = ours[-1]
-    floor = floor_seconds(generator, workload, ours[-1]["cached_prompt_tokens"])
-    if floor:
-        row["floor_seconds"] = max(floor.values())
-        row["share"] = row["floor_seconds"] / row["seconds"]
-    if theirs:
-        row["peer_seconds"] = statistics.median(theirs)
-        row["all_peer_seconds"] = theirs
-        row["peer_tokens_per_s"] = generated / row["peer_seconds"]
-        row["times_peer"] = row["peer_seconds"] / row["seconds"]
+    row["tokens_per_s"] = len(workload.prompts) * workload.new_tokens / row["seconds"]
+    row["stats"] = runs[-1]
+    row["floor_seconds"] = max(floor_seconds(generator, workload, runs[-1]["cached_prompt_tokens"]).values())
+    row["share"] = row["floor_seconds"] / row["seconds"]
     return row
 
 
@@ -394,9 +327,8 @@ def gpu_suite(seconds: float, out: Path) -> int:
             run.pop("token_ids")
             row = {"name": f"{model.removeprefix('random:')} {workload.name}", **environment(), "stats": run}
             row |= {"seconds": run["seconds"], "tokens_per_s": batch * new_tokens / run["seconds"]}
-            floor = floor_seconds(generator, workload, run["cached_prompt_tokens"])
-            if floor:
-                row |= {"floor_seconds": max(floor.values()), "share": max(floor.values()) / run["seconds"]}
+            floor = max(floor_seconds(generator, workload, run["cached_prompt_tokens"]).values())
+            row |= {"floor_seconds": floor, "share": floor / run["seconds"]}
             try:
                 row |= split_step(generator, workload)
             except (RuntimeError, ValueError) as error:  # the throughput stands without it
@@ -429,8 +361,8 @@ def format_row(row: dict[str, Any]) -> str:
     if "times_without_reuse" in row:
         text += f"  without reuse {row['without_reuse_seconds']:.2f} s: {row['times_without_reuse']:.2f} times"
         text += f", {row['same_completions']} of {row['prompts']} completions the same"
-    if "times_peer" in row:
-        text += f"  {row['peer']} {row['peer_seconds']:.2f} s: {row['times_peer']:.2f} times"
+    if "stats" in row and "peak_memory_mib" in row["stats"]:
+        text += f"  peak {row['stats']['peak_memory_mib']:.0f} MiB"
     return text
 
 
@@ -459,7 +391,6 @@ def _numbers(_: Any, __: Any, value: str) -> list[int]:
     "--spread", default=0.5, show_default=True, help="How far own prompt lengths lie around their mean, as a share."
 )
 @click.option("--repeats", default=3, show_default=True, help="Runs of each case; medians are reported.")
-@click.option("--peer", type=click.Choice(["transformers"]), help="Run this beside ours, in turns.")
 @click.option("--no-prefix-cache", is_flag=True, help="Compute every prompt token.")
 @click.option("--max-sequences", type=int)
 @click.option("--max-batch-tokens", type=int)
@@ -470,7 +401,7 @@ def _numbers(_: Any, __: Any, value: str) -> list[int]:
 def command(
     model: str, dtype: str, device: str, threads: int | None, prompts: Path | None, batch: list[int],
     prompt_tokens: list[int], new_tokens: list[int], shared_prefix: list[int], groups: int, compare_prefix_cache: bool,
-    spread: float, repeats: int, peer: str | None,
+    spread: float, repeats: int,
     no_prefix_cache: bool, max_sequences: int | None, max_batch_tokens: int | None, page_size: int, suite: str | None,
     seconds: float, json_path: Path | None,
 ) -> int:  # fmt: skip
@@ -493,7 +424,7 @@ def command(
         if compare_prefix_cache:
             row = compare_prefix_reuse(model, workload, dtype=dtype, device=device, config=config, repeats=repeats)
         else:
-            row = compare(model, workload, dtype=dtype, device=device, config=config, repeats=repeats, peer=peer)
+            row = measure(model, workload, dtype=dtype, device=device, config=config, repeats=repeats)
         row["config"] = asdict(config)
         rows.append(row)
         click.echo(format_row(row))

@@ -165,7 +165,7 @@ def compare_with_peft(
     say = progress or (lambda text: None)
     threads = threads or torch.get_num_threads()
     torch.set_num_threads(threads)
-    script = Path(__file__).parent / "peers" / "peft_train.py"
+    script = Path(__file__).parent / "peers" / "scripts" / "peft_train.py"
     settings = {
         "rank": rank, "alpha": 2.0 * rank, "targets": targets, "batch_size": batch_size,
         "learning_rate": learning_rate, "max_batch_tokens": max(sum(r.num_tokens for r in rows[i : i + batch_size])

@@ -682,10 +682,10 @@ def chat(common: Common, model: str, adapter: str | None, **o: Any) -> None:
 
 
 @cli.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
-@click.argument("what", type=click.Choice(["kernels", "generate", "train", "retrieval"]))
+@click.argument("what", type=click.Choice(["kernels", "generate", "train", "retrieval", "peers"]))
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def bench(what: str, arguments: tuple[str, ...]) -> None:
-    """Measure this machine: kernels, generate, train or retrieval. `specialize bench WHAT --help` lists its options.
+    """Measure kernels, generate, train, retrieval or peers. `specialize bench WHAT --help` lists the options.
 
     \b
     Example:

@@ -90,10 +90,3 @@ def test_the_command_sweeps_and_writes(monkeypatch, tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 4
     with pytest.raises(InputError, match="no such shape"):
         bench.main(["--model", "random:nothing"])
-
-
-def test_a_peers_error_is_told():
-    peer = bench.PeerProcess("transformers")
-    with pytest.raises(RuntimeError, match="peer transformers: "):
-        peer.ask("load", path="/nowhere", dtype="fp32", device="cpu", threads=1)
-    peer.close()
