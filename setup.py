@@ -66,6 +66,7 @@ setup(
             "ruff>=0.8",
             "pyright>=1.1.390",
         ],
+        "tensorboard": ["tensorboard>=2.15"],  # `specialize tune` writes its events where this is installed
         "flash": ["flash-attn>=2.7"],  # optional attention backend
     },
 )

@@ -63,6 +63,24 @@ class BinFolder(Mapping[str, torch.Tensor]):
         return len(self._tensors)
 
 
+class _Updated(Mapping[str, torch.Tensor]):
+    """Tensors changed as they are read, so that never more than one is in memory twice."""
+
+    def __init__(
+        self, tensors: Mapping[str, torch.Tensor], update: Callable[[str, torch.Tensor], torch.Tensor]
+    ) -> None:
+        self._tensors, self._update = tensors, update
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._update(name, self._tensors[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
 def _load_bin(file: Path) -> dict[str, torch.Tensor]:
     if not file.exists():
         raise InputError(f"{file}: this shard is missing; the download is incomplete")
@@ -87,6 +105,7 @@ def convert(
     *,
     dtype: torch.dtype | None = None,
     quantize: str | Quantization | None = None,
+    update: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     on_tensor: Callable[[int, int], None] | None = None,
 ) -> Path:
@@ -94,6 +113,7 @@ def convert(
 
     ``dtype`` casts the weights; those of GGUF files are dequantised to fp32 unless it says otherwise. ``quantize``
     (`quantize.CHOICES`) quantises the layers' linear weights from the values of the source; the rest is as without.
+    ``update(name, tensor)`` gives what is written in a tensor's place, of the same shape and dtype.
     ``on_tensor(done_bytes, total_bytes)`` reports progress. Raises InputError where the source is not a whole, known
     model, the target exists, or the disk has too little room.
     """
@@ -127,6 +147,8 @@ def convert(
             if quantization is not None:
                 _write_config(folder, read_json(folder / "config.json"), quantization)
 
+    if update is not None:
+        tensors = _Updated(tensors, update)
     if dtype is not None:
         itemsizes = dict.fromkeys(itemsizes, dtype.itemsize)
     if quantization is not None:

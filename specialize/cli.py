@@ -368,6 +368,89 @@ _stage_command(
 )
 
 
+def _variants(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of how is tuned, beyond what a recipe says."""
+    for option in reversed(
+        (
+            click.option(
+                "--method", type=click.Choice(["lora", "full"]), default="lora", show_default=True,
+                help="An adapter, or every weight: then --out becomes a whole checkpoint.",
+            ),
+            click.option("--dora", is_flag=True, help="DoRA: train the length of weight rows beside their direction."),
+            click.option("--rslora", is_flag=True, help="Scale by alpha over the root of the rank."),
+            click.option(
+                "--init", type=click.Choice(["kaiming", "pissa"]), default="kaiming", show_default=True,
+                help="Start; pissa: the weights' leading singular vectors (twice the rank in the file).",
+            ),
+            click.option("--lora-plus", type=float, metavar="RATIO", help="LoRA+: how much faster B learns than A."),
+            click.option("--dropout", type=float, default=0.0, show_default=True, help="Of the adapters' inputs."),
+            click.option("--layers", metavar="LIST", help="Blocks to adapt, such as 0-11,20.  [default: all]"),
+            *(
+                click.option(
+                    f"--{name}-for", multiple=True, metavar="PATTERN=VALUE",
+                    help=f"Another {name} for modules whose path ends so, such as down_proj=4 or "
+                         "'layers.0.mlp.up_proj=4'; may be given often, the first match holds.",
+                )
+                for name in ("rank", "alpha", "dropout")
+            ),
+            click.option("--batch-tokens", type=click.IntRange(2), help="Tokens of one forward pass.  [default: 4096]"),
+            click.option(
+                "--long", "long_examples", type=click.Choice(["truncate", "drop", "error"]), default="truncate",
+                show_default=True, help="What becomes of rows longer than --max-length; truncate cuts a prompt's left.",
+            ),
+            click.option("--validation", type=float, default=0.0, show_default=True, help="Share of rows held out."),
+            click.option(
+                "--patience", type=click.IntRange(0), default=0, show_default=True,
+                help="Stop after so many epochs without a lower validation loss (0: never); keeps the best.",
+            ),
+            click.option("--keep-best", is_flag=True, help="Keep the weights of the lowest validation loss."),
+            click.option("--merge-out", type=click.Path(path_type=Path), help="Write base and adapter here, merged."),
+        )
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def _loop_settings(o: dict[str, Any]) -> dict[str, Any]:
+    """The training loop's settings that `_variants` gave."""
+    changes: dict[str, Any] = {
+        "method": o["method"], "dora": o["dora"], "rank_stabilized": o["rslora"], "init": o["init"],
+        "long_examples": o["long_examples"], "patience": o["patience"], "alpha": o["alpha"],
+        "keep_best": o["keep_best"] or o["patience"] > 0,
+    }  # fmt: skip
+    if o["lora_plus"] is not None:
+        changes["plus_ratio"] = o["lora_plus"]
+    if o["layers"] is not None:
+        changes["layers"] = _number_list("--layers", o["layers"])
+    if o["batch_tokens"] is not None:
+        changes["max_batch_tokens"] = o["batch_tokens"]
+    for name in ("rank", "alpha", "dropout"):
+        pattern = {}
+        for entry in o[f"{name}_for"]:
+            key, _, value = entry.rpartition("=")
+            try:
+                pattern[key] = int(value) if name == "rank" else float(value)
+            except ValueError:
+                key = ""
+            if not key:
+                raise InputError(f"--{name}-for {entry}: write PATTERN=NUMBER, such as down_proj=4") from None
+        changes[f"{name}_pattern"] = pattern
+    if o["method"] == "full" and o["merge_out"]:
+        raise InputError("tune: --method full writes a whole checkpoint to --out; leave --merge-out out")
+    return changes
+
+
+def _number_list(option: str, text: str) -> tuple[int, ...]:
+    """``0-2,5`` → (0, 1, 2, 5)."""
+    numbers: list[int] = []
+    for entry in text.split(","):
+        first, _, last = entry.strip().partition("-")
+        if not first.isdigit() or (last and not last.isdigit()):
+            raise InputError(f"{option} {text}: write numbers and ranges, such as 0-11,20")
+        numbers.extend(range(int(first), int(last or first) + 1))
+    return tuple(dict.fromkeys(numbers))
+
+
 @cli.command()
 @click.argument("run", required=False, type=click.Path(path_type=Path))
 @click.option("--model", help="Model folder, .gguf file or fetch name.")
@@ -380,13 +463,17 @@ _stage_command(
 @click.option("--out", type=click.Path(path_type=Path), help="Adapter folder; an interrupted one is resumed.")
 @click.option("--rank", type=click.IntRange(1), default=16, show_default=True)
 @click.option("--alpha", type=float, help="Scale of the adapter.  [default: twice the rank]")
-@click.option("--targets", default="all", show_default=True, help="all, or names such as q_proj,v_proj.")
+@click.option(
+    "--targets", default="all", show_default=True,
+    help="all, or names such as q_proj,v_proj, ends of paths such as layers.3.mlp.down_proj, or regular expressions.",
+)  # fmt: skip
 @click.option("--lr", type=float, default=5e-4, show_default=True, help="Learning rate.")
 @click.option("--epochs", type=float, default=3.0, show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Rows of an optimizer step.")
 @click.option("--max-length", type=click.IntRange(16), default=1024, show_default=True, help="Tokens of a row.")
 @click.option("--schedule", type=click.Choice(["linear", "cosine", "constant"]), default="linear", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
+@_variants
 @click.option("--stats", type=click.Path(path_type=Path), help="Write tokens, steps, seconds and losses here as JSON.")
 @click.option("--redo", is_flag=True, help="Of a RUN: redo the stages that changed settings invalidate.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Of a RUN: change a recipe setting.")
@@ -398,6 +485,7 @@ def tune(common: Common, run: Path | None, redo: bool, settings: tuple[str, ...]
     Examples:
       specialize tune r1
       specialize tune --model smollm2-135m-instruct --data rows.jsonl --out adapter --rank 8 --epochs 2
+      specialize tune --model smollm2-135m-instruct --data rows.jsonl --out adapter --dora --validation 0.1 --patience 2
     """
     if run is not None:
         if o["data"] or o["out"]:
@@ -412,6 +500,8 @@ def tune(common: Common, run: Path | None, redo: bool, settings: tuple[str, ...]
 
     values = {"rank": o["rank"], "alpha": o["alpha"] or 2.0 * o["rank"], "targets": o["targets"], "epochs": o["epochs"]}
     values |= {"learning_rate": o["lr"], "batch": o["batch"], "max_length": o["max_length"], "schedule": o["schedule"]}
+    values |= {"dropout": o["dropout"], "validation": o["validation"]}
+    changes = _loop_settings(o)
     for key, value in values.items():
         check_value(f"tune.{key}", type(value), value)
     if o["stats"]:
@@ -430,14 +520,44 @@ def tune(common: Common, run: Path | None, redo: bool, settings: tuple[str, ...]
         seed=o["seed"],
         base_model=o["model"],
         reporter=common.prepare().reporter,
+        changes=changes,
+        merge_out=o["merge_out"],
     )
     if o["stats"]:
         o["stats"].write_text(json.dumps(stats, indent=1), encoding="utf-8")
     common.show(
         stats,
         f"{o['out']}: {stats['steps']} steps, {stats['tokens']:,} tokens in {stats['seconds']:.1f} s "
-        f"({stats['tokens_per_second']:,.0f} a second), last loss {stats['losses'][-1]:.3f}",
+        f"({stats['tokens_per_second']:,.0f} a second), last loss {stats['losses'][-1]:.3f}"
+        + (f", kept step {stats['best_step']}" if stats["best_step"] is not None else "")
+        + (f"; {stats['num_truncated']} long rows cut" if stats["num_truncated"] else "")
+        + (f"; {stats['num_dropped']} long rows dropped" if stats["num_dropped"] else ""),
     )
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@common
+def merge(common: Common, model: str, adapter: Path, out: Path) -> None:
+    """Write MODEL with ADAPTER added to its weights as a new model folder, OUT.
+
+    \b
+    Example:
+      specialize merge smollm2-135m-instruct adapter expert --dtype bf16
+    """
+    from .engine.generator import DTYPES
+    from .engine.merge import merge_checkpoint
+    from .standalone import existing_model
+
+    source = existing_model(model, common.reporter)
+    with common.prepare().reporter.bar("merge", unit="MB") as bar:
+        path = merge_checkpoint(
+            source, adapter, out, dtype=DTYPES.get(common.dtype),
+            on_tensor=lambda done, total: bar.set(done / 1e6, total=round(total / 1e6)),
+        )  # fmt: skip
+    common.show({"path": str(path)}, str(path))
 
 
 @cli.command("eval")

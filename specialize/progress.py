@@ -91,13 +91,16 @@ class Reporter:
             self._progress = Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=5)
             self._progress.start()
             bar._task = self._progress.add_task("", total=total, line=bar.line())
+        failed = True
         try:
             yield bar
+            failed = False
         finally:
             if self._progress is not None:
                 self._progress.stop()
                 self._progress = None
-            self.say(bar.line())
+            if bar.done or not failed:  # what failed at its start has its error to say, and nothing else
+                self.say(bar.line())
 
     def _update(self, bar: Bar) -> None:
         if self._progress is not None:

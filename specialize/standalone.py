@@ -167,8 +167,14 @@ def tune_file(
     base_model: str,
     reporter: Reporter,
     quantize: str | None = None,
+    changes: Mapping[str, Any] | None = None,
+    merge_out: Path | None = None,
 ) -> dict[str, Any]:
-    """Tune an adapter on a user's file; returns tokens, steps, seconds, tokens per second and the losses."""
+    """Tune on a user's file; returns tokens, steps, seconds, tokens per second, the losses and what became of the rows.
+
+    ``changes`` are settings of the training loop beyond a recipe's. With ``merge_out`` base and adapter are written
+    there as one checkpoint.
+    """
     from .engine.model import Model
     from .engine.tokenizer import Tokenizer
     from .pipeline import load_model
@@ -178,18 +184,38 @@ def tune_file(
     tokenizer = Tokenizer.from_pretrained(model_path)
     examples = encode_rows(tokenizer, rows)
     model = load_model(Model, model_path, dtype, device, quantize)
-    config = train_config(settings, epochs=settings.epochs, seed=seed, max_context=model.config.max_context)
+    if merge_out is not None:
+        _check_new_folder("--merge-out", merge_out)
+    changes = dict(changes or {})
+    config = train_config(settings, epochs=settings.epochs, seed=seed, max_context=model.config.max_context, **changes)
     total = round(epoch_tokens(examples) * settings.epochs)
+    operations_share = work_seconds = 0.0
     with reporter.bar("tune", total, "tokens") as bar:
 
         def show(step: Any) -> None:
-            bar.set(bar.done + step.tokens, f"step {step.step}/{step.num_steps}, loss {step.loss:.3f}")
+            nonlocal operations_share, work_seconds
+            if bar.first is None:  # what an earlier process did
+                bar.already(round(total * (step.step - 1) / step.num_steps))
+            operations_share += step.mfu * step.seconds
+            work_seconds += step.seconds
+            bar.set(
+                bar.done + step.tokens,
+                f"step {step.step}/{step.num_steps}, loss {step.loss:.3f}, MFU {100 * step.mfu:.0f} %",
+            )
 
-        result = train(model, examples, config, out, base_model=base_model, on_step=show)
-    keys = ("steps", "tokens", "response_tokens", "seconds", "losses", "val_losses")
+        result = train(model, examples, config, out, base_model=base_model, source=model_path, on_step=show)
+    keys = ("steps", "tokens", "response_tokens", "seconds", "losses", "val_losses", "best_step", "stopped_early",
+            "num_examples", "num_truncated", "num_dropped", "num_parameters", "micro_batches",
+            "budget_filled")  # fmt: skip
     found = {key: result[key] for key in keys}
+    found["padding_tokens"] = 0  # sequences lie one behind the other: there is none to count
+    found["mfu"] = round(operations_share / work_seconds, 4) if work_seconds else None
     found["tokens_per_second"] = round(result["tokens"] / max(result["seconds"], 1e-9), 2)
     found |= {"rows": len(rows), "adapter": str(out), "dtype": str(model.dtype).removeprefix("torch.")}
+    if merge_out is not None:
+        from .engine.merge import merge_checkpoint
+
+        found["merged"] = str(merge_checkpoint(model_path, out, merge_out, dtype=merged_dtype(model_path, model.dtype)))
     found["device"] = str(model.device)
     return found
 
@@ -237,6 +263,17 @@ def evaluate_model(
             adapter_name=lambda: name,
         )
     return report.to_json()
+
+
+def merged_dtype(model_path: Path, computed: Any) -> Any:
+    """The number format of a merged checkpoint: the base's own; for a ``.gguf`` file, whose weights have none of
+    transformers', the one that it was tuned in."""
+    return computed if model_path.suffix == ".gguf" else None
+
+
+def _check_new_folder(option: str, path: Path) -> None:
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{option} {path}: exists already; give a new folder")
 
 
 def check_writable(path: Path) -> None:

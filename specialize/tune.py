@@ -42,29 +42,31 @@ def epoch_tokens(examples: Sequence[Any]) -> int:
     return sum(example.num_tokens for example in examples)
 
 
-def train_config(settings: Tune, *, epochs: float, seed: int, max_context: int) -> Any:
-    """The loop's settings for a recipe's. A micro-batch holds up to 4,096 tokens, or one longest row."""
+def train_config(settings: Tune, *, epochs: float, seed: int, max_context: int, **changes: Any) -> Any:
+    """The loop's settings for a recipe's. A micro-batch holds up to 4,096 tokens, or one longest row. ``changes`` are
+    settings of the loop that a recipe has no name for, or other values of them."""
     from .train.config import TrainConfig
 
     max_length = min(settings.max_length, max_context)
     targets = settings.targets if settings.targets == "all" else tuple(t.strip() for t in settings.targets.split(","))
-    return TrainConfig(
-        rank=settings.rank,
-        alpha=settings.alpha,
-        targets=targets,
-        dropout=settings.dropout,
-        learning_rate=settings.learning_rate,
-        schedule=settings.schedule,
-        warmup_ratio=settings.warmup,
-        epochs=epochs,
-        batch_size=settings.batch,
-        max_batch_tokens=max(4096, max_length),
-        max_length=max_length,
-        normalise=settings.normalise,
-        weight_decay=settings.weight_decay,
-        val_fraction=settings.validation,
-        seed=seed,
-    )
+    values: dict[str, Any] = {
+        "rank": settings.rank,
+        "alpha": settings.alpha,
+        "targets": targets,
+        "dropout": settings.dropout,
+        "learning_rate": settings.learning_rate,
+        "schedule": settings.schedule,
+        "warmup_ratio": settings.warmup,
+        "epochs": epochs,
+        "batch_size": settings.batch,
+        "max_batch_tokens": max(4096, max_length),
+        "max_length": max_length,
+        "normalise": settings.normalise,
+        "weight_decay": settings.weight_decay,
+        "val_fraction": settings.validation,
+        "seed": seed,
+    }
+    return TrainConfig(**{**values, **changes})
 
 
 def train(
@@ -74,12 +76,25 @@ def train(
     out: Path,
     *,
     base_model: str,
+    source: Path | None = None,
     on_step: Callable[[Any], None] | None = None,
 ) -> dict[str, Any]:
-    """Train an adapter into ``out`` (or find it finished there) and return the result as plain values."""
+    """Train into ``out`` (or find it finished there) and return the result as plain values. Where TensorBoard is
+    installed its events go to ``out/events``. ``source`` is the base's folder or file."""
+    from .train.events import EventLog
     from .train.loop import tune
 
-    result = tune(model, examples, config, out, base_model=base_model, on_step=on_step)
+    events = EventLog(out / "events")
+
+    def step_done(report: Any) -> None:
+        events(report)
+        if on_step is not None:
+            on_step(report)
+
+    try:
+        result = tune(model, examples, config, out, base_model=base_model, source=source, on_step=step_done)
+    finally:
+        events.close()
     found = dataclasses.asdict(result)
     found["adapter_path"] = str(found["adapter_path"])
     return found

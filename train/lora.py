@@ -33,6 +33,7 @@ from ..kernels.lora_linear import lora_linear
 from .lora_layout import Key, LoraPair, lay_out, resolve_targets, shortest_targets
 from .parameters import ALIGNMENT, Trainable
 
+EXACT_SVD = 256  # rows or columns up to which a whole SVD takes milliseconds
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -350,12 +351,16 @@ class TrainableLora(Trainable):
 def principal_factors(weight: torch.Tensor, rank: int, scaling: float, seed: int = 0) -> Pair:
     """A [R, in] and B [out, R] with ``scaling · B A`` the best rank-R part of ``weight`` f32 [out, in].
 
-    A randomised SVD (Halko et al., 2011): 16 power iterations cost a few thin products, a whole SVD minutes a matrix.
+    Large matrices get a randomised SVD (Halko et al., 2011): 16 power iterations cost a few thin products, a whole SVD
+    up to minutes a matrix.
     """
-    width = min(rank + 8, *weight.shape)
-    with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
-        torch.manual_seed(seed)
-        u, s, v = torch.svd_lowrank(weight, q=width, niter=16)
+    if min(weight.shape) <= max(EXACT_SVD, 2 * rank):
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        v = vh.t()
+    else:
+        with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
+            torch.manual_seed(seed)
+            u, s, v = torch.svd_lowrank(weight, q=rank + 8, niter=16)
     root = (s[:rank] / scaling).sqrt()
     return root[:, None] * v[:, :rank].t(), u[:, :rank] * root
 

@@ -18,12 +18,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def tiny_pair(kind: str, folder: Path) -> tuple[Any, Model]:
+def tiny_pair(kind: str, folder: Path, **options: Any) -> tuple[Any, Model]:
     """(transformers model, our model), the same random weights, fp32."""
     import transformers
 
     torch.manual_seed(0)
-    config = getattr(transformers, kind + "Config")(**OPTIONS[kind])
+    config = getattr(transformers, kind + "Config")(**{**OPTIONS[kind], **options})
     theirs = getattr(transformers, kind + "ForCausalLM")(config).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():

@@ -222,9 +222,12 @@ from specialize.engine.model import Model
 from specialize.train.config import TrainConfig
 from specialize.train.loop import tune
 model = Model.from_pretrained(sys.argv[2])
-config = TrainConfig(rank=4, batch_size=4, epochs=100, checkpoint_interval=3, dropout=0.1, max_batch_tokens=64)
+config = TrainConfig(
+    rank=4, batch_size=4, epochs=200, checkpoint_interval=3, dropout=0.1, max_batch_tokens=64, val_fraction=0.2,
+    patience=1000, keep_best=True, schedule="constant",
+)
 print("ready", flush=True)
-tune(model, rows(12), config, Path(sys.argv[3]))
+tune(model, rows(15), config, Path(sys.argv[3]))
 """
 
 
@@ -238,15 +241,20 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_adapter(tmp_path):
 
     tiny_pair("Llama", tmp_path / "base")
     command = [sys.executable, "-c", KILLED_RUN, str(Path(__file__).parent), str(tmp_path / "base")]
+    started = time.perf_counter()
     subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    longest = (time.perf_counter() - started) / 20  # on average the twenty lives then do half of the work
     moments, kills = random.Random(0), 0
-    for _ in range(40):
+    while kills < 20:
         process = subprocess.Popen([*command, str(tmp_path / "cut")], stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        time.sleep(moments.uniform(0.0, 1.0))
-        if process.poll() is None and kills < 20:
-            process.kill()
-            kills += 1
-        if process.wait() == 0:
-            break
-    assert kills and adapter_bytes(tmp_path / "cut") == adapter_bytes(tmp_path / "whole")
+        time.sleep(moments.uniform(0.0, longest))
+        assert process.poll() is None, "the run ended before it was killed twenty times"
+        process.kill()
+        process.wait()
+        kills += 1
+    subprocess.run([*command, str(tmp_path / "cut")], check=True, capture_output=True)
+    assert adapter_bytes(tmp_path / "cut") == adapter_bytes(tmp_path / "whole")
+    results = [json.loads((tmp_path / name / "train.json").read_text()) for name in ("whole", "cut")]
+    for name in ("losses", "val_losses", "best_step", "steps"):
+        assert results[0][name] == results[1][name]
