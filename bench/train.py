@@ -262,7 +262,7 @@ def measure_shape(
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(
             model, rows, Path(folder), rank=rank, batch_size=len(rows), max_batch_tokens=sum(lengths),
-            checkpoint_layers=checkpoint_layers, learning_rate=1e-4,
+            recompute="layers" if checkpoint_layers else "none", learning_rate=1e-4,
         )  # fmt: skip
         first = _timed_step(trainer)
         _timed_step(trainer)

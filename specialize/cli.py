@@ -354,10 +354,12 @@ def _stage_command(name: str, until: str, what: str) -> None:
         _run_stage(common, run, until, redo, settings)
 
 
-def _run_stage(common: Common, run: Path, until: str, redo: bool, settings: tuple[str, ...]) -> None:
+def _run_stage(
+    common: Common, run: Path, until: str, redo: bool, settings: tuple[str, ...], *, memory_bytes: int | None = None
+) -> None:
     if not (run / "recipe.yaml").is_file():
         raise InputError(f"{run} is no run folder (no recipe.yaml); start one with: specialize run --out {run} …")
-    found = _open_run(common, out=run, settings=settings)
+    found = _open_run(common, out=run, settings=settings, memory_bytes=memory_bytes)
     _show_run(common, run, found.execute(until=until, redo=redo))
 
 
@@ -416,6 +418,7 @@ def _loop_settings(o: dict[str, Any]) -> dict[str, Any]:
     changes: dict[str, Any] = {
         "method": o["method"], "dora": o["dora"], "rank_stabilized": o["rslora"], "init": o["init"],
         "long_examples": o["long_examples"], "patience": o["patience"], "alpha": o["alpha"],
+        "recompute": o["recompute"],
         "keep_best": o["keep_best"] or o["patience"] > 0,
     }  # fmt: skip
     if o["lora_plus"] is not None:
@@ -477,6 +480,16 @@ def _number_list(option: str, text: str) -> tuple[int, ...]:
 @click.option("--stats", type=click.Path(path_type=Path), help="Write tokens, steps, seconds and losses here as JSON.")
 @click.option("--redo", is_flag=True, help="Of a RUN: redo the stages that changed settings invalidate.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Of a RUN: change a recipe setting.")
+@click.option(
+    "--memory", metavar="SIZE", help="Cap for all that this process takes, such as 24GB; with --dry-run also a card."
+)
+@click.option(
+    "--recompute", type=click.Choice(["auto", "none", "layers"]), default="auto", show_default=True,
+    help="Blocks computed again in the backward pass: as few as memory calls for, none, or all.",
+)  # fmt: skip
+@click.option(
+    "--dry-run", is_flag=True, help="Print where memory would go and how fast it would be; --data is optional."
+)
 @common
 def tune(common: Common, run: Path | None, redo: bool, settings: tuple[str, ...], **o: Any) -> None:
     """Tune the adapter of a RUN, or, with --data, any model on your own rows.
@@ -486,13 +499,16 @@ def tune(common: Common, run: Path | None, redo: bool, settings: tuple[str, ...]
       specialize tune r1
       specialize tune --model smollm2-135m-instruct --data rows.jsonl --out adapter --rank 8 --epochs 2
       specialize tune --model smollm2-135m-instruct --data rows.jsonl --out adapter --dora --validation 0.1 --patience 2
+      specialize tune --dry-run --model mpt-30b --quantize nf4 --memory h100-80gb --max-length 4096
     """
     if run is not None:
         if o["data"] or o["out"]:
             raise InputError("tune: give a RUN folder, or --model, --data and --out, not both")
-        _run_stage(common, run, "tune", redo, settings)
+        if o["dry_run"]:
+            raise InputError("tune: --dry-run goes with --model, not with a RUN folder")
+        _run_stage(common, run, "tune", redo, settings, memory_bytes=_parse_memory(None, None, o["memory"]))
         return
-    for name in ("model", "data", "out"):
+    for name in ("model",) if o["dry_run"] else ("model", "data", "out"):
         if not o[name]:
             raise InputError(f"tune: --{name} is missing (or name a RUN folder)")
     from .recipe import Tune, check_value
@@ -504,6 +520,23 @@ def tune(common: Common, run: Path | None, redo: bool, settings: tuple[str, ...]
     changes = _loop_settings(o)
     for key, value in values.items():
         check_value(f"tune.{key}", type(value), value)
+    if o["dry_run"]:
+        from .plans import format_tuning, plan_tuning_of
+
+        plan = plan_tuning_of(
+            o["model"],
+            Tune(**values),
+            data=o["data"],
+            reporter=common.prepare().reporter,
+            device=common.device,
+            dtype=common.dtype,
+            quantize=o["quantize"],
+            memory=o["memory"],
+            changes=changes,
+        )
+        common.show(plan.as_dict(), lambda: format_tuning(plan))
+        return
+    changes["memory_bytes"] = _parse_memory(None, None, o["memory"])
     if o["stats"]:
         from .standalone import check_writable
 
@@ -584,7 +617,7 @@ def evaluate(common: Common, run: Path | None, redo: bool, settings: tuple[str, 
       specialize eval --model smollm2-135m-instruct --adapter r1/adapter --tasks tasks/ --shots 0,1,5 --out eval.json
     """
     if run is not None:
-        _run_stage(common, run, "evaluate", redo, settings)
+        _run_stage(common, run, "evaluate", redo, settings, memory_bytes=o["memory_bytes"])
         return
     for name in ("model", "tasks"):
         if not o[name]:
@@ -839,7 +872,8 @@ def doctor(common: Common, model: str | None, context: int, **o: Any) -> None:
       specialize doctor
       specialize doctor --model mpt-30b --quantize int8 --kv-dtype int8 --memory h100-80gb
     """
-    from .doctor import examine, format_findings, format_plan, plan_model
+    from .doctor import examine, format_findings
+    from .plans import format_plan, plan_model
 
     if model is None:
         for name, value in o.items():

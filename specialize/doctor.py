@@ -8,10 +8,7 @@ import os
 import platform
 import shutil
 from importlib import metadata
-from pathlib import Path
 from typing import Any
-
-from .errors import InputError
 
 NEEDED = (
     "torch",
@@ -143,75 +140,3 @@ def format_findings(f: dict[str, Any]) -> str:
     if not f["problems"]:
         lines.append(f"{'verdict':<14}ready")
     return "\n".join(lines)
-
-
-def model_config(model: str, reporter: Any) -> tuple[Any, Any, str]:
-    """(config, stored quantisation, name) of a path, fetch name or known shape; headers are read, weights are not."""
-    from .engine.quantize import stored_quantization
-    from .engine.shapes import SHAPES
-    from .engine.weights import read_config
-    from .fetch import PACKAGES
-    from .standalone import existing_model
-
-    if model in SHAPES and not Path(model).exists():
-        return SHAPES[model], None, model
-    try:
-        path = existing_model(model, reporter)
-    except InputError as error:
-        if model in PACKAGES or "/" in model:
-            raise
-        raise InputError(f"{error}; shapes known by name: {', '.join(SHAPES)}") from None
-    return read_config(path), stored_quantization(path), path.name
-
-
-def plan_model(
-    model: str,
-    *,
-    reporter: Any,
-    device: str = "auto",
-    dtype: str = "auto",
-    quantize: str | None = None,
-    kv_dtype: str | None = None,
-    memory: str | None = None,
-) -> Any:
-    """The `GenerationPlan` of a model on this machine's device, or on a GPU of the memory given, which need not be
-    here."""
-    import torch
-
-    from .engine.generator import DTYPES, choose_device, choose_dtype
-    from .engine.memory import CUDA_CONTEXT_BYTES, capacity_bytes
-    from .engine.plan import plan_generation, plan_on_device
-    from .engine.quantize import Quantization, agree, check_shapes
-    from .engine.scheduler import EngineConfig
-
-    config, stored, name = model_config(model, reporter)
-    quantization = agree(Quantization.parse(quantize), stored, model)
-    check_shapes(config, quantization, name)
-    capacity = None if memory is None else capacity_bytes(memory)
-    elsewhere = capacity is not None and device != "cpu" and not torch.cuda.is_available()
-    if elsewhere:
-        return plan_generation(
-            config, dtype=DTYPES.get(dtype, torch.bfloat16), memory_bytes=capacity, process_bytes=CUDA_CONTEXT_BYTES,
-            device="cuda", quantization=quantization, kv_dtype=kv_dtype, model=name,
-        )  # fmt: skip
-    place = choose_device(device)
-    return plan_on_device(
-        config, EngineConfig(memory_bytes=capacity), dtype=choose_dtype(dtype, place), device=place,
-        quantization=quantization, kv_dtype=kv_dtype, model=name,
-    )  # fmt: skip
-
-
-def format_plan(plan: Any, num_tokens: int) -> str:
-    """The plan as an aligned table, and what it comes to."""
-    from .engine.plan import gigabytes
-    from .standalone import format_table
-
-    rows = [("", "GB", "")] + [(name, f"{size / 1e9:.2f}", note) for name, size, note in plan.rows()]
-    width = max(len(note) for _, _, note in rows)
-    table = format_table([(name, size, note.ljust(width)) for name, size, note in rows])
-    count = plan.num_sequences(num_tokens)
-    head = f"{plan.model} in {gigabytes(plan.memory_bytes)} on {plan.device}"
-    if not plan.fits:
-        return f"{head}\n\n{table}\n\ndoes not fit: the parts above leave no room for the KV cache"
-    more = f" ({plan.max_sequences} run at once)" if count > plan.max_sequences else ""
-    return f"{head}\n\n{table}\n\nroom for {count:,} sequences of {num_tokens:,} tokens{more}"

@@ -352,6 +352,7 @@ class Run:
             epochs=epochs,
             seed=number_of(self.recipe.seed, "tune", bits=31),
             max_context=model.config.max_context,
+            memory_bytes=self.memory_bytes,
         )
         with self.reporter.bar(label, unit="tokens") as bar:
 

@@ -175,19 +175,34 @@ def tune_file(
     ``changes`` are settings of the training loop beyond a recipe's. With ``merge_out`` base and adapter are written
     there as one checkpoint.
     """
+    from .engine.generator import choose_device, choose_dtype
     from .engine.model import Model
+    from .engine.quantize import Quantization, agree, stored_quantization
     from .engine.tokenizer import Tokenizer
+    from .engine.weights import read_config
     from .pipeline import load_model
+    from .train.plan import largest_micro_batch, plan_on_device
     from .tune import encode_rows, epoch_tokens, train, train_config
 
     rows = read_training_rows(data)
     tokenizer = Tokenizer.from_pretrained(model_path)
     examples = encode_rows(tokenizer, rows)
+    shape, place = read_config(model_path), choose_device(device)
+    changes = dict(changes or {})
+    config = train_config(settings, epochs=settings.epochs, seed=seed, max_context=shape.max_context, **changes)
+    plan_on_device(
+        shape,
+        config,
+        largest_micro_batch(examples, config),
+        dtype=choose_dtype(dtype, place),
+        device=place,
+        quantization=agree(Quantization.parse(quantize), stored_quantization(model_path), model_path),
+        memory_bytes=config.memory_bytes,
+        model=model_path.name,
+    ).require()  # before minutes of loading
     model = load_model(Model, model_path, dtype, device, quantize)
     if merge_out is not None:
         _check_new_folder("--merge-out", merge_out)
-    changes = dict(changes or {})
-    config = train_config(settings, epochs=settings.epochs, seed=seed, max_context=model.config.max_context, **changes)
     total = round(epoch_tokens(examples) * settings.epochs)
     operations_share = work_seconds = 0.0
     with reporter.bar("tune", total, "tokens") as bar:

@@ -14,6 +14,7 @@ from .schedule import SCHEDULES
 
 METHODS = ("lora", "full")
 INITS = ("kaiming", "pissa")
+RECOMPUTE = ("auto", "none", "layers")
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ class TrainConfig:
     keep_best: bool = False
     checkpoint_interval: int = 0
     checkpoint_seconds: float = 60.0
-    checkpoint_layers: bool = False
+    recompute: str = "auto"
+    memory_bytes: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -88,6 +90,7 @@ class TrainConfig:
         _require(self.normalise in NORMALISATIONS, "normalise", self.normalise, ", ".join(NORMALISATIONS))
         _require(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "above 0 (inf: no clipping)")
         _require(0 <= self.val_fraction < 1, "val_fraction", self.val_fraction, "from 0 to below 1")
+        _require(self.recompute in RECOMPUTE, "recompute", self.recompute, ", ".join(RECOMPUTE))
         _require(self.patience >= 0, "patience", self.patience, "0 (never stop early) or more")
 
 

@@ -36,6 +36,7 @@ from .data import (
 from .full import FullParameters
 from .lora import TrainableLora
 from .parameters import Trainable
+from .plan import largest_micro_batch, plan_on_device
 from .rates import matrix_rate, step_operations
 from .schedule import learning_rate_factor
 
@@ -43,7 +44,12 @@ CHECKPOINT_FILE = "checkpoint.safetensors"
 METRICS_FILE = "metrics.jsonl"
 BEST_FILE = "best.safetensors"
 RESULT_FILE = "train.json"
-_WITHOUT_EFFECT = ("checkpoint_interval", "checkpoint_seconds")  # on what comes out: a run may go on with others
+_WITHOUT_EFFECT = (
+    "checkpoint_interval",
+    "checkpoint_seconds",
+    "recompute",
+    "memory_bytes",
+)  # on what comes out: a run may go on with others
 
 
 @dataclass
@@ -126,6 +132,10 @@ class Trainer:
         if (config.keep_best or config.patience) and not self.val_examples:
             raise InputError("keep_best and patience need validation rows: set val_fraction above 0 or give some")
         self.fingerprint = self._fingerprint()  # before full fine-tuning makes the weights its own
+        self.plan = plan_on_device(
+            model.config, config, largest_micro_batch(self.examples, config), dtype=model.dtype, device=model.device,
+            quantization=model.quantization, memory_bytes=config.memory_bytes, loaded=True,
+        ).require()  # fmt: skip
         self.trainable = make_trainable(model, config)
         self.parameters = []
         for group in self.trainable.groups:
@@ -247,7 +257,7 @@ class Trainer:
         hidden = self.model.forward(
             micro.batch,
             adapters=self.trainable.adapters,
-            recompute_layers=len(self.model.layers) * (self.config.checkpoint_layers and torch.is_grad_enabled()),
+            recompute_layers=self.plan.recompute_layers if torch.is_grad_enabled() else 0,
             rows=micro.loss_rows,
         )
         return linear_cross_entropy(

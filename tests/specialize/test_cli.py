@@ -315,6 +315,25 @@ def test_doctor_refuses_in_one_line(capsys, options, message):
     assert code == 2 and message in err and err.count("\n") == 1
 
 
+def test_tuning_is_planned_without_weights_or_device(capsys):
+    options = ("--dry-run", "--model", "mpt-30b", "--quantize", "nf4", "--memory", "h100-80gb", "--max-length", 4096)
+    code, out, err = call(capsys, "tune", *options)
+    assert code == 0, err
+    assert "fits: 66." in out and "tokens a second" in out
+    plan = json.loads(call(capsys, "tune", *options, "--json")[1])
+    assert plan["fits"] and plan["recompute_layers"] == 0 and plan["tokens_per_s"] > 3000
+    code, out, _ = call(capsys, "tune", "--dry-run", "--model", "mpt-30b", "--memory", "40GB")
+    assert code == 0 and "does not fit" in out
+
+
+def test_tuning_that_cannot_fit_is_refused_before_work(capsys, tiny, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "Say", "response": "no"}\n')
+    options = ("--model", tiny.inputs["model"], "--data", data, "--out", tmp_path / "a", "--device", "cpu")
+    code, _, err = call(capsys, "tune", *options, "--memory", "1MB")
+    assert code == 2 and "has 0.00 GB on cpu: process" in err
+
+
 def test_a_cap_too_small_is_refused_before_work(capsys, tiny):
     options = ("--model", tiny.inputs["model"], "--dtype", "fp32", "--device", "cpu", "--memory", "1MB", "Say")
     code, _, err = call(capsys, "generate", *options)

@@ -68,7 +68,7 @@ def test_recomputed_layers_give_the_same_gradient(tiny, tmp_path):
     _, model = tiny()
     for dropout in (0.0, 0.3):
         plain = first_gradient(model, rows(5), tmp_path, dropout=dropout)
-        again = first_gradient(model, rows(5), tmp_path, dropout=dropout, checkpoint_layers=True)
+        again = first_gradient(model, rows(5), tmp_path, dropout=dropout, recompute="layers")
         assert plain[0] == again[0] and torch.equal(plain[1], again[1])
 
 
