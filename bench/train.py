@@ -4,8 +4,8 @@ Tokens are those of the rows, prompt and response, never padding; ours and the p
 says its gradient norms: a loop that trains nothing is fast. The floor is the time of 4 N operations a token, N being
 the parameters of the blocks, at the measured rate of one large product: frozen weights need no gradient of their own.
 
-    python -m specialize.bench.train --model smollm2-135m-instruct --peer peft
-    python -m specialize.bench.train --suite gpu --seconds 200 --json out.json
+    specialize bench train --peer peft --targets q,k,v,o --targets all
+    specialize bench train --suite gpu --seconds 200 --json out.json
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import gc
 import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,6 +35,8 @@ from ..train.config import TrainConfig
 from ..train.data import TrainExample
 from ..train.loop import Trainer
 from .environment import ceilings, environment
+from .floor import measure_cpu
+from .peers.install import TUNING_PEERS, PeerError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -76,25 +77,20 @@ def operations_per_token(config: ModelConfig) -> int:
     return 4 * parameters
 
 
-def cpu_gemm_tflop_s(dtype: torch.dtype) -> float:
-    """Rate of one large product on this CPU with the present number of threads."""
-    n = 2048
-    a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
-    times = []
-    for _ in range(6):
-        start = time.perf_counter()
-        torch.mm(a, b)
-        times.append(time.perf_counter() - start)
-    return 2 * n**3 / min(times) / 1e12
+def matrix_rate_tflop_s(device: str, dtype: str) -> float:
+    """Rate of one large product: bf16 on a GPU; on a CPU in ``dtype`` with the present number of threads."""
+    if device.startswith("cuda"):
+        return ceilings()["gemm_tflop_s"]
+    return measure_cpu(DTYPES[dtype]).operations_per_s / 1e12
 
 
-def _trainer(model: Model, rows: Sequence[TrainExample], folder: Path, **settings: Any) -> Trainer:
+def make_trainer(model: Model, rows: Sequence[TrainExample], folder: Path, **settings: Any) -> Trainer:
     """A trainer that takes the rows in the order given, ``batch_size`` a step, again from the start after the last."""
     defaults = {"warmup_ratio": 0.0, "schedule": "constant", "epochs": 1e6, "max_grad_norm": math.inf}
     return Trainer(model, rows, TrainConfig(**{**defaults, **settings}), folder, shuffle=False)
 
 
-def _timed_step(trainer: Trainer) -> dict[str, Any]:
+def timed_step(trainer: Trainer) -> dict[str, Any]:
     _synchronize(trainer)
     start = time.perf_counter()
     pending = trainer.train_step()
@@ -110,130 +106,16 @@ def _synchronize(trainer: Trainer) -> None:
         torch.cuda.synchronize()
 
 
-class Peer:
-    """A subprocess that trains the same rows with another library, step by step as it is told."""
-
-    def __init__(self, script: Path, python: str, settings: dict[str, Any]) -> None:
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
-        self.process = subprocess.Popen(
-            [python, str(script), json.dumps(settings)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=environment,
-        )  # fmt: skip
-        self.versions = self._read()
-
-    def step(self, first: int, last: int) -> dict[str, Any]:
-        """Trains on rows ``first:last``; seconds, loss and tokens of the step."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{first} {last}\n")
-        self.process.stdin.flush()
-        return self._read()
-
-    def _read(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        raise InputError(f"the peer ended with code {self.process.wait()}; see its message above")
-
-    def close(self) -> None:
-        if self.process.stdin is not None:
-            self.process.stdin.close()
-        self.process.wait()
-
-
-def compare_with_peft(
-    model_path: Path,
-    rows: Sequence[TrainExample],
-    *,
-    rank: int,
-    targets: str | tuple[str, ...],
-    dtype: str = "bf16",
-    device: str = "cpu",
-    batch_size: int = 8,
-    rounds: int = 5,
-    curve_steps: int = 1,
-    threads: int | None = None,
-    python: str = sys.executable,
-    learning_rate: float = 5e-4,
-    progress: Any = None,
-) -> dict[str, Any]:
-    """One row of results: tokens per second of both, step about, from the same adapter on the same rows.
-
-    Correctness first: in fp32 the losses of the first ``curve_steps`` steps must agree within 1 %, else no speed is
-    reported.
-    """
-    say = progress or (lambda text: None)
-    threads = threads or torch.get_num_threads()
-    torch.set_num_threads(threads)
-    script = Path(__file__).parent / "peers" / "scripts" / "peft_train.py"
-    settings = {
-        "rank": rank, "alpha": 2.0 * rank, "targets": targets, "batch_size": batch_size,
-        "learning_rate": learning_rate, "max_batch_tokens": max(sum(r.num_tokens for r in rows[i : i + batch_size])
-                                                               for i in range(0, len(rows), batch_size)),
-    }  # fmt: skip
-    result: dict[str, Any] = {
-        "name": f"tune {model_path.name}", "peer": "peft", "dtype": dtype, "rank": rank, "targets": targets,
-        "batch_size": batch_size, "threads": threads, "rows": len(rows), **environment(),
-    }  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-
-        def start(kind: str) -> tuple[Trainer, Peer]:
-            model = Model.from_pretrained(model_path, dtype=DTYPES[kind], device=device, inference=False)
-            trainer = _trainer(model, rows, Path(folder), **settings)
-            adapter = trainer.trainable.save(Path(folder) / f"adapter-{kind}")
-            (Path(folder) / "rows.json").write_text(
-                json.dumps([[list(r.prompt_ids), list(r.response_ids)] for r in rows])
-            )
-            peer = Peer(script, python, {
-                "model": str(model_path), "adapter": str(adapter), "rows": str(Path(folder) / "rows.json"),
-                "dtype": kind, "device": device, "threads": threads, "learning_rate": learning_rate,
-            })  # fmt: skip
-            return trainer, peer
-
-        steps_per_epoch = -(-len(rows) // batch_size)
-
-        def both(trainer: Trainer, peer: Peer, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
-            first = step % steps_per_epoch * batch_size
-            return _timed_step(trainer), peer.step(first, min(first + batch_size, len(rows)))
-
-        trainer, peer = start("fp32")
-        result["peer_versions"] = peer.versions
-        curve = []
-        for step in range(curve_steps):
-            ours, theirs = both(trainer, peer, step)
-            curve.append((ours["loss"], theirs["loss"]))
-            say(f"fp32 step {step + 1}: loss {ours['loss']:.5f}, peer {theirs['loss']:.5f}")
-        peer.close()
-        del trainer
-        worst = max(abs(a - b) / abs(b) for a, b in curve)
-        result |= {"fp32_losses": curve, "fp32_loss_difference": worst, "correct": worst <= 0.01}
-        if not result["correct"]:
-            return result
-
-        trainer, peer = start(dtype)
-        both(trainer, peer, 0)  # warm-up: kernels are compiled, memory is fetched
-        pairs = []
-        for step in range(1, rounds + 1):
-            ours, theirs = both(trainer, peer, step)
-            if ours["tokens"] != theirs["tokens"]:
-                raise AssertionError(f"{ours['tokens']} tokens here, {theirs['tokens']} at the peer: not the same rows")
-            pairs.append((ours, theirs))
-            say(
-                f"step {step}: {ours['tokens'] / ours['seconds']:.0f} tok/s, "
-                f"peer {theirs['tokens'] / theirs['seconds']:.0f} tok/s"
-            )
-        peer.close()
-    speeds = [[p["tokens"] / p["seconds"] for p in column] for column in zip(*pairs, strict=True)]
-    rate = ceilings()["gemm_tflop_s"] if device.startswith("cuda") else cpu_gemm_tflop_s(DTYPES[dtype])
-    floor = rate * 1e12 / operations_per_token(trainer.model.config)
-    result |= {
-        "tokens_per_s": median(speeds[0]), "peer_tokens_per_s": median(speeds[1]),
-        "ratio": median(a / b for a, b in zip(*speeds, strict=True)),
-        "tokens_per_s_all": speeds[0], "peer_tokens_per_s_all": speeds[1],
-        "grad_norms": [p[0]["grad_norm"] for p in pairs], "peer_grad_norms": [p[1]["grad_norm"] for p in pairs],
-        "gemm_tflop_s": rate, "floor_tokens_per_s": floor, "share": median(speeds[0]) / floor,
-    }  # fmt: skip
-    return result
+def shape_rows(vocab: int, lengths: Sequence[int], micro_batches: int, response: float) -> list[TrainExample]:
+    """Random tokens in rows of the lengths given, once a micro-batch; ``response``: the share that is trained on."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(micro_batches):
+        for length in lengths:
+            ids = rng.integers(3, vocab, length).tolist()
+            answer = max(1, round(length * response))
+            rows.append(TrainExample(ids[:-answer], ids[-answer:], name=f"{i}"))
+    return rows
 
 
 def measure_shape(
@@ -252,20 +134,14 @@ def measure_shape(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     model = Model.random(config, dtype=DTYPES[dtype], device=device, inference=False)
-    rng = np.random.default_rng(0)
-    rows = []
-    for i in range(micro_batches):
-        for length in lengths:
-            ids = rng.integers(3, config.vocab_size, length).tolist()
-            answer = max(1, round(length * response))
-            rows.append(TrainExample(ids[:-answer], ids[-answer:], name=f"{i}"))
+    rows = shape_rows(config.vocab_size, lengths, micro_batches, response)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = _trainer(
+        trainer = make_trainer(
             model, rows, Path(folder), rank=rank, batch_size=len(rows), max_batch_tokens=sum(lengths),
             recompute="layers" if checkpoint_layers else "none", learning_rate=1e-4,
         )  # fmt: skip
-        first = _timed_step(trainer)
-        _timed_step(trainer)
+        first = timed_step(trainer)
+        timed_step(trainer)
         _synchronize(trainer)
         start = time.perf_counter()
         pending = [trainer.train_step() for _ in range(steps)]
@@ -273,7 +149,7 @@ def measure_shape(
         _synchronize(trainer)
         seconds = (time.perf_counter() - start) / steps
     tokens = pending[0].tokens
-    rate = ceilings()["gemm_tflop_s"] if cuda else cpu_gemm_tflop_s(DTYPES[dtype])
+    rate = matrix_rate_tflop_s(device, dtype)
     floor = rate * 1e12 / operations_per_token(config)
     norms = [n[0] for n in numbers]
     return {
@@ -340,22 +216,41 @@ def _write(path: Path, rows: Any) -> None:
     os.replace(temporary, path)
 
 
-def read_rows(path: Path, model_path: Path, max_length: int) -> list[TrainExample]:
-    """Rows of a JSONL file ({"prompt", "response"} or {"instruction", "input", "output"}) in the tuning format."""
+def read_rows(path: Path, model_path: Path, max_length: int, count: int) -> list[TrainExample]:
+    """The first ``count`` rows in the tuning format.
+
+    Of a JSONL file ({"prompt", "response"} or {"instruction", "input", "output"}), or of a task file (.json).
+    """
     from ..engine.tokenizer import Tokenizer
     from ..train.data import encode_examples, fit_examples
 
-    pairs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        row = json.loads(line)
-        if "prompt" in row:
-            pairs.append((row["prompt"], row["response"]))
-        elif "instruction" in row:
+    def pair(row: dict[str, Any], where: str) -> tuple[str, str]:
+        try:
+            if "prompt" in row:
+                return row["prompt"], row["response"]
             prompt = f"### Instruction:\n{row['instruction']}\n\n### Input:\n{row['input']}\n\n### Response:\n"
-            pairs.append((prompt, row["output"]))
+            return prompt, row["output"]
+        except (KeyError, TypeError):
+            raise InputError(f"{where}: needs prompt and response, or instruction, input and output") from None
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            task = json.loads(text)
+            rows = [
+                {"instruction": task["instruction"], "input": example["input"], "output": example["outputs"][0]}
+                for example in task["examples"]
+            ]
         else:
-            raise InputError(f"{path}:{number}: needs prompt and response, or instruction, input and output")
+            rows = [json.loads(line) for line in text.splitlines()]
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path}: neither rows (.jsonl) nor a task file (.json) ({reason})") from None
+    pairs = [pair(row, f"{path}: row {number}") for number, row in enumerate(rows[:count], start=1)]
     return fit_examples(encode_examples(Tokenizer.from_pretrained(model_path), pairs), max_length=max_length)[0]
+
+
+_SHORT = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
 
 
 @click.command("train", context_settings={"show_default": True})
@@ -363,13 +258,17 @@ def read_rows(path: Path, model_path: Path, max_length: int) -> list[TrainExampl
 @click.option("--shape", type=click.Choice(sorted(SHAPES)), help="Random weights of this shape instead of a model.")
 @click.option("--suite", type=click.Choice(["gpu"]), help="A list of shapes, for a CUDA device.")
 @click.option("--seconds", type=float, default=300.0, help="Time of a suite.")
-@click.option("--peer", type=click.Choice(["peft"]), help="Train the same rows with this, step about.")
-@click.option("--peer-python", default=sys.executable, help="Python that has the peer installed.")
-@click.option("--rows", "rows_path", type=click.Path(exists=True, path_type=Path), help="JSONL; else random rows.")
+@click.option("--peer", type=click.Choice(list(TUNING_PEERS)), help="Train the same rows with this, step about.")
+@click.option(
+    "--peer-python", type=click.Path(path_type=Path), help="A Python that has the peer; else its own is made."
+)
+@click.option("--data", type=click.Path(path_type=Path), help="Rows (.jsonl) or a task file (.json); else random rows.")
 @click.option("--num-rows", type=int, default=64)
 @click.option("--max-length", type=int, default=512)
 @click.option("--rank", type=int, default=8)
-@click.option("--targets", default="q_proj,k_proj,v_proj,o_proj", help="Layers to adapt, or all.")
+@click.option(
+    "--targets", multiple=True, default=["q,k,v,o"], help="Layers to adapt, or all; more than once for more rows."
+)
 @click.option("--batch", type=int, default=8, help="Rows of an optimizer step.")
 @click.option("--rounds", type=int, default=5, help="Timed steps.")
 @click.option("--curve", type=int, default=1, help="Steps whose fp32 losses are compared first.")
@@ -378,11 +277,16 @@ def read_rows(path: Path, model_path: Path, max_length: int) -> list[TrainExampl
 @click.option("--threads", type=int, help="CPU threads.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the rows of results here.")
 def command(
-    model: str, shape: str | None, suite: str | None, seconds: float, peer: str | None, peer_python: str,
-    rows_path: Path | None, num_rows: int, max_length: int, rank: int, targets: str, batch: int, rounds: int,
+    model: str, shape: str | None, suite: str | None, seconds: float, peer: str | None, peer_python: Path | None,
+    data: Path | None, num_rows: int, max_length: int, rank: int, targets: tuple[str, ...], batch: int, rounds: int,
     curve: int, dtype: str, device: str, threads: int | None, out: Path | None,
 ) -> int:  # fmt: skip
     """Tokens per second of tuning; with --peer also PEFT's, alternating in the same run."""
+    from .peers.tuning import compare_shape, compare_tuning
+
+    def say(text: str) -> None:
+        click.echo(text, err=True)
+
     if threads:
         torch.set_num_threads(threads)
     if suite:
@@ -392,29 +296,41 @@ def command(
         return 0 if any(row.get("correct") for row in results) else 1
     if shape:
         lengths = [r.num_tokens for r in random_rows(batch, vocab=1000, longest=max_length)]
-        row = measure_shape(shape, lengths=lengths, rank=rank, steps=rounds, dtype=dtype, device=device)
+        setting: dict[str, Any] = {"lengths": lengths, "rank": rank, "dtype": dtype, "device": device}
+        if peer:
+            row = compare_shape(peer, shape, rounds=rounds, threads=threads, python=peer_python, say=say, **setting)
+        else:
+            row = measure_shape(shape, steps=rounds, **setting)
+        results = [row]
+        click.echo(_line(results[0]))
+        if out is not None:
+            _write(out, results)
     else:
         from specialize.fetch import model_path
 
         path = Path(model_path(model))
-        if rows_path is not None:
-            rows = read_rows(rows_path, path, max_length)[:num_rows]
+        if data is not None:
+            rows = read_rows(data, path, max_length, num_rows)
         else:
             rows = random_rows(num_rows, vocab=1000, longest=max_length)
-        chosen = "all" if targets == "all" else tuple(t.strip() for t in targets.split(","))
-        if peer:
-            row = compare_with_peft(
-                path, rows, rank=rank, targets=chosen, dtype=dtype, device=device, batch_size=batch, rounds=rounds,
-                curve_steps=curve, threads=threads, python=peer_python,
-                progress=lambda text: click.echo(text, err=True),
-            )  # fmt: skip
-        else:
-            row = measure_alone(path, rows, rank=rank, targets=chosen, dtype=dtype, device=device, batch_size=batch,
-                                rounds=rounds)  # fmt: skip
-    click.echo(_line(row))
-    if out is not None:
-        _write(out, [row])
-    return 0 if row["correct"] else 1
+        results = []
+        for choice in targets:
+            chosen = "all" if choice == "all" else tuple(_SHORT.get(t.strip(), t.strip()) for t in choice.split(","))
+            common: dict[str, Any] = {
+                "rank": rank, "targets": chosen, "dtype": dtype, "device": device, "batch_size": batch, "rounds": rounds
+            }  # fmt: skip
+            if peer:
+                row = compare_tuning(
+                    peer, path, rows, curve_steps=curve, threads=threads, python=peer_python,
+                    say=say, **common,
+                )  # fmt: skip
+            else:
+                row = measure_alone(path, rows, **common)
+            click.echo(_line(row))
+            results.append(row)
+            if out is not None:
+                _write(out, results)
+    return 0 if all(row["correct"] for row in results) else 1
 
 
 def measure_alone(
@@ -425,12 +341,12 @@ def measure_alone(
     with tempfile.TemporaryDirectory() as folder:
         model = Model.from_pretrained(model_path, dtype=DTYPES[dtype], device=device, inference=False)
         budget = max(sum(r.num_tokens for r in rows[i : i + batch_size]) for i in range(0, len(rows), batch_size))
-        trainer = _trainer(
+        trainer = make_trainer(
             model, rows, Path(folder), rank=rank, targets=targets, batch_size=batch_size, max_batch_tokens=budget
         )
-        steps = [_timed_step(trainer) for _ in range(rounds + 1)][1:]
+        steps = [timed_step(trainer) for _ in range(rounds + 1)][1:]
     speed = median(s["tokens"] / s["seconds"] for s in steps)
-    rate = ceilings()["gemm_tflop_s"] if device.startswith("cuda") else cpu_gemm_tflop_s(DTYPES[dtype])
+    rate = matrix_rate_tflop_s(device, dtype)
     floor = rate * 1e12 / operations_per_token(model.config)
     norms = [s["grad_norm"] for s in steps]
     return {
@@ -451,6 +367,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         click.echo(f"error: {error}", err=True)
         return 2
+    except PeerError as error:
+        click.echo(f"error: {error}", err=True)
+        return 1
 
 
 if __name__ == "__main__":
