@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.nn.functional import linear
 
+from . import cpu_quantized
 from .channelwise import ChannelWeight, dequantize_channelwise, quantize_fp8, quantize_int8
 from .dispatch import bad_argument, choose_backend, tl, triton
 from .nf4 import BLOCK, CODEBOOK, NF4Weight, check_nf4, dequantize_nf4, quantize_nf4, tables
@@ -34,9 +35,14 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 def dequantize(
     weight: torch.Tensor | QuantizedWeight, dtype: torch.dtype, *, backend: str | None = None
 ) -> torch.Tensor:
-    """The dense [out, in] of any weight; a dense one comes back as it is."""
+    """The dense [out, in] of any weight, bit-equal on all backends ("torch", "triton", and on a CPU "cpp"); a dense one
+    comes back as it is."""
     if isinstance(weight, torch.Tensor):
         return weight
+    if backend is None and weight.device.type == "cpu":
+        backend = cpu_quantized.default_backend(dtype)
+    if backend == "cpp":
+        return cpu_quantized.dequantize(weight, dtype)
     if isinstance(weight, NF4Weight):
         return dequantize_nf4(weight, dtype, backend=backend)
     return dequantize_channelwise(weight, dtype)
@@ -480,8 +486,11 @@ def quantized_linear(
 
 
 def _forward(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None, backend: str | None) -> torch.Tensor:
-    if choose_backend(OP, x, backend, ("torch", "triton")) == "torch":
+    name = choose_backend(OP, x, backend, ("torch", "triton", "cpp"), cpu_quantized.default_backend(x.dtype))
+    if name == "torch":
         return quantized_linear_reference(x, weight, bias)
+    if name == "cpp":
+        return linear(x, dequantize(weight, x.dtype, backend="cpp"), bias)
     if x.dtype not in FLOATS:
         raise bad_argument(OP, "x", x.dtype, "float32, bfloat16 or float16 with backend 'triton'")
     config = config_for(weight, x.shape[0])

@@ -835,10 +835,11 @@ def chat(common: Common, model: str, adapter: str | None, **o: Any) -> None:
 
 
 @cli.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
-@click.argument("what", type=click.Choice(["kernels", "generate", "train", "retrieval", "peers"]))
+@click.argument("what", type=click.Choice(["kernels", "generate", "train", "retrieval", "peers", "quality"]))
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def bench(what: str, arguments: tuple[str, ...]) -> None:
-    """Measure kernels, generate, train, retrieval or peers. `specialize bench WHAT --help` lists the options.
+    """Measure kernels, generate, train, retrieval, peers, or the quality of quantised weights.
+    `specialize bench WHAT --help` lists the options.
 
     \b
     Example:

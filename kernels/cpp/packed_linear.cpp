@@ -1,31 +1,15 @@
 // y = x W^T + b in bf16 for few rows, where reading W is what costs: W lies in memory in the order in which AMX tiles take it.
 //
-// A panel is 32 outputs by K; of each 32 inputs it holds two tiles of 16 pairs by 16 outputs, one kilobyte each. For SwiGLU the
-// two tiles of a panel are 16 gates and the 16 matching ups, so that the product of both is written and nothing else.
+// A panel (panels.h) is 32 outputs by K; of each 32 inputs it holds two tiles of 16 pairs by 16 outputs, one kilobyte each.
 // Sums run over K in one order: a row's result does not depend on the other rows nor on the number of threads.
 
-#include <cstdlib>
-
 #include "gemm_bf16.h"
-#include "vectors.h"
-
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
+#include "panels.h"
 
 namespace {
 
-constexpr int64_t PANEL = 32, DEPTH = 32, TILE_BYTES = 1024;
+constexpr int64_t DEPTH = 32, TILE_BYTES = 1024;
 constexpr int64_t AHEAD = 16384;  // bytes of W asked for before they are needed
-
-int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
-// Output that column j of a panel belongs to; -1 beyond the end.
-int64_t output_of(int64_t panel, int64_t j, int64_t num_out, bool gated) {
-    if (!gated) return panel * PANEL + j < num_out ? panel * PANEL + j : -1;
-    int64_t half = num_out / 2, unit = panel * 16 + j % 16;
-    return unit < half ? unit + (j < 16 ? 0 : half) : -1;
-}
 
 }  // namespace
 
@@ -45,8 +29,7 @@ int64_t packed_linear_bytes(int64_t num_out, int64_t num_in) {
 
 // weight [num_out, num_in], rows `stride` elements apart -> packed, which is aligned to 64 bytes.
 void packed_linear_pack(const uint16_t* weight, int64_t stride, int64_t num_out, int64_t num_in, int gated, uint16_t* packed) {
-    const int64_t depth = round_up(num_in, DEPTH), units = gated ? num_out / 2 : num_out;
-    const int64_t panels = round_up(units, gated ? 16 : PANEL) / (gated ? 16 : PANEL);
+    const int64_t depth = round_up(num_in, DEPTH), panels = num_panels(num_out, gated);
     for (int64_t p = 0; p < panels; p++)
         for (int64_t k = 0; k < depth; k++)
             for (int64_t j = 0; j < PANEL; j++) {
@@ -57,14 +40,7 @@ void packed_linear_pack(const uint16_t* weight, int64_t stride, int64_t num_out,
             }
 }
 
-// Memory of its own for a model's packed weights: on huge pages, a weight is read with few address translations.
-void* packed_linear_allocate(int64_t bytes) {
-    void* memory = std::aligned_alloc(1 << 21, round_up(bytes, 1 << 21));
-#ifdef __linux__
-    if (memory) madvise(memory, round_up(bytes, 1 << 21), MADV_HUGEPAGE);
-#endif
-    return memory;
-}
+void* packed_linear_allocate(int64_t bytes) { return allocate_weights(bytes); }
 void packed_linear_free(void* memory) { std::free(memory); }
 
 // x [rows, num_in] with rows `stride` apart; out [rows, num_out], or [rows, num_out / 2] of silu(gate) * up when gated.
@@ -72,21 +48,11 @@ void packed_linear(const bf16* x, int64_t stride, const uint16_t* packed, const 
                    int64_t num_out, int64_t num_in, int gated, int threads) {
 #ifdef HAVE_AMX
     const int64_t depth = round_up(num_in, DEPTH), padded_rows = round_up(rows, 16), chunks = depth / DEPTH;
-    const int64_t units = gated ? num_out / 2 : num_out, step = gated ? 16 : PANEL, panels = round_up(units, step) / step;
+    const int64_t units = gated ? num_out / 2 : num_out, step = gated ? 16 : PANEL, panels = num_panels(num_out, gated);
     bf16* copy = nullptr;
     if (rows % 16 || num_in % DEPTH) {
-        static thread_local struct Scratch {
-            void* memory = nullptr;
-            int64_t size = 0;
-            ~Scratch() { std::free(memory); }
-        } scratch;
-        const int64_t bytes = round_up(padded_rows * depth * 2, 64);
-        if (bytes > scratch.size) {
-            std::free(scratch.memory);
-            scratch.memory = std::aligned_alloc(64, bytes);
-            scratch.size = bytes;
-        }
-        copy = static_cast<bf16*>(scratch.memory);
+        static thread_local Scratch scratch;
+        copy = reinterpret_cast<bf16*>(scratch.get(padded_rows * depth * 2));
         for (int64_t r = 0; r < padded_rows; r++) {
             bf16* row = copy + r * depth;
             int64_t count = r < rows ? num_in : 0;
@@ -136,20 +102,14 @@ void packed_linear(const bf16* x, int64_t stride, const uint16_t* packed, const 
                 for (int64_t r = 0; r < count; r++) {
                     vec low = load16(sums + r * PANEL), high = load16(sums + r * PANEL + 16);
                     bf16* to = out + (m + r) * units + first;
-                    if (gated) {
-                        if (bias) low += load_upto16(bias + first, width), high += load_upto16(bias + units + first, width);
-                        alignas(64) bf16 halves_of[32];
-                        store16(halves_of, low), store16(halves_of + 16, high);
-                        low = load16(halves_of), high = load16(halves_of + 16);
-                        store_upto16(to, low / (1.0f + exp16(max16(low, splat(-87.0f)) * -1.0f)) * high, width);
-                    } else {
-                        if (bias) {
-                            low += load_upto16(bias + first, width);
-                            if (width > 16) high += load_upto16(bias + first + 16, width - 16);
-                        }
-                        store_upto16(to, low, width);
-                        if (width > 16) store_upto16(to + 16, high, width - 16);
+                    if (bias) {
+                        low += load_upto16(bias + first, gated || width < 16 ? width : 16);
+                        if (gated)
+                            high += load_upto16(bias + units + first, width);
+                        else if (width > 16)
+                            high += load_upto16(bias + first + 16, width - 16);
                     }
+                    write_panel_row(to, low, high, width, gated);
                 }
             }
         }
