@@ -34,8 +34,9 @@ from ..engine.model import Model
 from ..train.config import TrainConfig
 from ..train.data import TrainExample
 from ..train.loop import Trainer
+from .charts import Bar, bar_chart
 from .environment import ceilings, environment
-from .floor import measure_cpu
+from .floor import measure_cpu, spread
 from .peers.install import TUNING_PEERS, PeerError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -209,6 +210,26 @@ def _line(row: dict[str, Any]) -> str:
     return text + f" (gradient norms {', '.join(f'{n:.3g}' for n in row['grad_norms'][:4])})"
 
 
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> list[Path]:
+    """The bar chart of rows measured beside a peer."""
+    done = [row for row in rows if "ratio" in row]
+    if not done:
+        return []
+    bars = []
+    for row in done:
+        chosen = row.get("targets", "all")
+        what = chosen if isinstance(chosen, str) else ", ".join(sorted(t.removesuffix("_proj") for t in chosen))
+        for label, prefix, ours in (("specialize", "", True), (TUNING_PEERS[row["peer"]].label, "peer_", False)):
+            speed = row.get(f"{prefix}spread") or spread([row[f"{prefix}tokens_per_s"]])
+            bars.append(Bar(f"{label} ({what})", speed["median"], speed["p20"], speed["p80"], ours))
+    floor = min(row["floor_tokens_per_s"] for row in done)
+    return bar_chart(
+        bars, path, title=f"Tuning, {done[0]['name'].removeprefix('tune ')}",
+        unit="tokens per second (median, p20 to p80)",
+        floors=[("4 N floor", floor)], note=f"rank {done[0]['rank']}, {done[0]['dtype']}; {done[0]['device']}",
+    )  # fmt: skip
+
+
 def _write(path: Path, rows: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -275,7 +296,12 @@ _SHORT = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
 @click.option("--dtype", type=click.Choice(sorted(DTYPES)), default="bf16")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 @click.option("--threads", type=int, help="CPU threads.")
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the rows of results here.")
+@click.option(
+    "--json",
+    "out",
+    type=click.Path(path_type=Path),
+    help="Write the rows of results here; with a peer a chart beside it.",
+)
 def command(
     model: str, shape: str | None, suite: str | None, seconds: float, peer: str | None, peer_python: Path | None,
     data: Path | None, num_rows: int, max_length: int, rank: int, targets: tuple[str, ...], batch: int, rounds: int,
@@ -330,6 +356,8 @@ def command(
             results.append(row)
             if out is not None:
                 _write(out, results)
+    if peer and out is not None:
+        draw(results, out.with_suffix(""))
     return 0 if all(row["correct"] for row in results) else 1
 
 

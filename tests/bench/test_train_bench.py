@@ -33,6 +33,10 @@ def test_twenty_steps_of_peft_and_ours_agree_and_speeds_are_reported(tmp_path):
     assert row["ratio"] > 0 and row["tokens_per_s"] > 0 and row["peer_versions"]["peft"]
     assert row["grad_norms"] == pytest.approx(row["peer_grad_norms"], rel=1e-2)
     json.dumps(row)
+    drawn = bench.draw([row], tmp_path / "train")
+    assert [path.name for path in drawn] == ["train.png", "train.svg"]
+    assert all(text in drawn[1].read_text() for text in ("specialize (all)", "transformers + PEFT (all)", "4 N floor"))
+    assert bench.draw([{"name": "not timed"}], tmp_path / "nothing") == []
 
 
 def test_a_named_shape_is_measured_with_its_gradient_norms(monkeypatch, tmp_path):
