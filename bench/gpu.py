@@ -3,6 +3,8 @@ throughput.
 
 Parts run in child processes, the most important first, each with a share of what time is left. What a part has
 written when it is stopped counts; ``summary.json`` is replaced after every part and is valid JSON at any moment.
+Proofs come first: a time of something wrong is worth nothing. Among them, files that never ran to their end on this
+device go first, then those that failed there, as the results on record (bench/results/DEVICE/tests.json) say.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from .environment import environment
 SHUTDOWN_SECONDS = 12  # kept back for stopping a part and writing the summary
 START_AND_END_SECONDS = 12  # of a part: its imports before, its last case and its plot after the time it is told
 MAX_LOG_BYTES = 4 << 20
+PASSED = ("exit code 0", "exit code 5")  # 5: a file whose gpu tests are all marked slow, too, has none to run
+FILE_SHARE = 0.6  # of the tests' time, at most, for one file: one that hangs must not hold its place to the end
 
 
 @dataclass(frozen=True)
@@ -45,70 +49,82 @@ def _parts(out: Path, tests: Path) -> list[Part]:
     python = sys.executable
     bench = f"{__package__}."
     results = ("--out", str(out))
+    recorded = Path("bench/results") / environment()["device_key"] / "tests.json"
     return [
-        Part("kernels", 0.45, (python, "-m", bench + "kernels", "--seconds", "{seconds}", "--rep-ms", "40",
-                              *results), None),
-        Part("generate", 0.4, (python, "-m", bench + "generate", "--suite", "gpu", "--seconds", "{seconds}",
+        Part("tests", 0.3, (python, "-m", bench + "gpu", "--run-tests", str(tests), "{seconds}",
+                            str(out / "tests.json"), str(recorded)), "tests.json"),
+        Part("kernels", 0.55, (python, "-m", bench + "kernels", "--seconds", "{seconds}", "--rep-ms", "40",
+                               *results), None),
+        Part("generate", 0.5, (python, "-m", bench + "generate", "--suite", "gpu", "--seconds", "{seconds}",
                                "--json", str(out / "generate.json")), "generate.json"),
-        Part("train", 0.55, (python, "-m", bench + "train", "--suite", "gpu", "--seconds", "{seconds}",
-                             "--json", str(out / "train.json")), "train.json"),
-        Part("tests", 1.0, (python, "-m", bench + "gpu", "--run-tests", str(tests), "{seconds}",
-                            str(out / "tests.json")), "tests.json"),
+        Part("train", 1.0, (python, "-m", bench + "train", "--suite", "gpu", "--seconds", "{seconds}",
+                            "--json", str(out / "train.json")), "train.json"),
     ]  # fmt: skip
 
 
-def run_tests(folder: Path, seconds: float, result: Path) -> int:
+def in_order_of_need(files: Sequence[Path], recorded: dict[str, Any]) -> list[Path]:
+    """``files`` without a complete run on record, then those that failed, then those that passed; large ones first."""
+
+    def need(file: Path) -> tuple[int, int]:
+        state = recorded.get(str(file), {}).get("state", "")
+        rank = 0 if not state.startswith("exit code") else 2 if state in PASSED else 1
+        return rank, -file.stat().st_size
+
+    return sorted(files, key=need)
+
+
+def run_tests(folder: Path, seconds: float, result: Path, recorded: Path | None = None) -> int:
     """Runs the gpu tests below ``folder``, several files at a time: most of their time is compilation, on the host.
+    Each file has a process to itself, so that a fault on the device costs that file alone.
 
     Writes ``{file: {"passed": …, "failed": …, "state": …, "failures": [names]}}`` after each file; 0 where all passed.
+    ``recorded`` is such a file of an earlier run, which decides the order.
     """
-    deadline = time.monotonic() + seconds
-    files = [f for f in sorted(folder.rglob("test_*.py")) if "gpu" in f.read_text()]
-    files.sort(key=lambda f: -f.stat().st_size)
+    begun = time.monotonic()
+    found = [f for f in sorted(folder.rglob("test_*.py")) if "mark.gpu" in f.read_text()]
+    waiting = in_order_of_need(found, (_readable(recorded) or {}) if recorded is not None else {})
     slots = max(1, min(8, len(os.sched_getaffinity(0)) // 2))
-    waiting, running, done = list(files), {}, {}
+    running: dict[Path, tuple[subprocess.Popen[bytes], Any, float]] = {}
+    done: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as logs:
-        while (waiting or running) and time.monotonic() < deadline:
+        while (waiting or running) and time.monotonic() < begun + seconds:
             while waiting and len(running) < slots:
                 file = waiting.pop(0)
-                log = open(Path(logs) / f"{file.stem}.txt", "w+")  # noqa: SIM115 - read after the process ends
-                command = [
-                    sys.executable,
-                    "-m",
-                    "pytest",
-                    "-m",
-                    "gpu",
-                    "-p",
-                    "no:cacheprovider",
-                    "--tb=line",
-                    str(file),
-                ]
-                running[file] = (subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT), log)
+                log = open(Path(logs) / f"{len(done) + len(running)}-{file.stem}.txt", "w+")  # noqa: SIM115 - read after the process ends
+                # Named one by one, outcomes are known of a file that is stopped, too.
+                options = ("-vv", "-m", "gpu", "-p", "no:cacheprovider", "--tb=line")
+                command = [sys.executable, "-m", "pytest", *options, str(file)]
+                process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+                running[file] = process, log, time.monotonic() + FILE_SHARE * seconds
             time.sleep(0.2)
-            for file, (process, log) in list(running.items()):
-                if process.poll() is not None:
+            for file, (process, log, limit) in list(running.items()):
+                if process.poll() is not None or time.monotonic() > limit:
                     del running[file]
-                    done[str(file)] = _test_outcome(process.returncode, log)
+                    done[str(file)] = _test_outcome(process, log)
                     _write(result, done)
-        for file, (process, log) in running.items():
-            process.kill()
-            process.wait()
-            done[str(file)] = _test_outcome(None, log)
+        for file, (process, log, _) in running.items():
+            done[str(file)] = _test_outcome(process, log)
     done |= {str(file): {"state": "not started: no time left"} for file in waiting}
     _write(result, done)
     for name, outcome in done.items():
         print(name, json.dumps(outcome)[:1000])
-    # 5: a file whose gpu tests are all marked slow, too, has none to run.
-    return 0 if files and all(outcome["state"] in ("exit code 0", "exit code 5") for outcome in done.values()) else 1
+    return 0 if found and all(outcome["state"] in PASSED for outcome in done.values()) else 1
 
 
-def _test_outcome(code: int | None, log: Any) -> dict[str, Any]:
+def _test_outcome(process: subprocess.Popen[bytes], log: Any) -> dict[str, Any]:
+    """What a file's log says, complete or not; a process that still runs is ended."""
+    code = process.poll()
+    if code is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     log.seek(0)
     text = log.read()
     log.close()
-    counts = {kind: int(n) for n, kind in re.findall(r"\b(\d+) (passed|failed|errors?|skipped)\b", text[-500:])}
-    failures = re.findall(r"^(?:FAILED|ERROR) (.{1,300})", text, re.MULTILINE)
-    return {"state": "out of time" if code is None else f"exit code {code}", **counts, "failures": failures[:20]}
+    lines = re.findall(r"^(\S.*?::.{1,300}?) (PASSED|FAILED|ERROR|SKIPPED)\b", text, re.MULTILINE)
+    counts = {kind.lower(): sum(k == kind for _, k in lines) for kind in ("PASSED", "FAILED", "ERROR", "SKIPPED")}
+    failures = [name for name, kind in lines if kind in ("FAILED", "ERROR")]
+    state = "out of time" if code is None else f"exit code {code}"
+    return {"state": state, **{kind: n for kind, n in counts.items() if n}, "failures": failures[:20]}
 
 
 def _tail(path: Path, num_lines: int = 12) -> list[str]:
@@ -181,8 +197,8 @@ def run_all(minutes: float, out: Path, tests: Path, only: Sequence[str] | None =
 @click.command("gpu")
 @click.option("--minutes", type=float, default=9.0, show_default=True, help="Time for everything.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the results.")
-@click.option("--tests", type=click.Path(path_type=Path), default=Path("tests/kernels"), show_default=True)
-@click.option("--only", help="Comma-separated parts: kernels, generate, train, tests.")
+@click.option("--tests", type=click.Path(path_type=Path), default=Path("tests"), show_default=True)
+@click.option("--only", help="Comma-separated parts: tests, kernels, generate, train.")
 def command(minutes: float, out: Path, tests: Path, only: str | None) -> int:
     """Run the proofs and benchmarks that need a GPU; exit code 0 where every part ended well."""
     chosen = only.split(",") if only else None
@@ -211,5 +227,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--run-tests"]:
-        sys.exit(run_tests(Path(sys.argv[2]), float(sys.argv[3]), Path(sys.argv[4])))
+        sys.exit(run_tests(Path(sys.argv[2]), float(sys.argv[3]), Path(sys.argv[4]), Path(sys.argv[5])))
     sys.exit(main())

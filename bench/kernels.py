@@ -45,23 +45,28 @@ def _outputs_and_leaves(function: Callable[..., Any], inputs: dict[str, Any]):
     return outputs, leaves
 
 
-def _douts(outputs: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+def _douts(outputs: Iterable[torch.Tensor], dtype: torch.dtype | None = None) -> list[torch.Tensor]:
+    """Random output gradients, rounded to ``dtype`` first: what is compared must be given the same."""
     made = []
     for number, output in enumerate(outputs):
         generator = torch.Generator(device=output.device).manual_seed(number)
         made.append(
-            torch.randn(output.shape, generator=generator, device=output.device, dtype=torch.float32).to(output.dtype)
+            torch.randn(output.shape, generator=generator, device=output.device, dtype=torch.float32)
+            .to(dtype or output.dtype)
+            .to(output.dtype)
         )
     return made
 
 
-def _results(function: Callable[..., Any], inputs: dict[str, Any], which: str) -> list[torch.Tensor]:
+def _results(
+    function: Callable[..., Any], inputs: dict[str, Any], which: str, dtype: torch.dtype | None = None
+) -> list[torch.Tensor]:
     """Outputs, then (for a pass with a backward) the gradients of the inputs that want one."""
     outputs, leaves = _outputs_and_leaves(function, inputs)
     results = [o.detach() for o in outputs]
     if which != "forward":
         graded = [o for o in outputs if o.requires_grad]
-        results += list(torch.autograd.grad(graded, leaves, _douts(graded), allow_unused=True))
+        results += list(torch.autograd.grad(graded, leaves, _douts(graded, dtype), allow_unused=True))
     return results
 
 
@@ -93,24 +98,25 @@ def check(spec: KernelSpec, case: Case, seed: int = 0) -> tuple[float, float]:
     small = {**case, **case.get("check_at", {})}
     which, dtype = small.get("pass", "forward"), DTYPES[small.get("dtype", "bf16")]
     inputs = spec.make_inputs(small, "cuda", dtype, seed)
-    ours = _results(spec.run, _cloned(inputs), which)
-    reference = _results(spec.reference, inputs, which)
+    ours = _results(spec.run, _cloned(inputs), which, dtype)
+    given = inputs | ({spec.saved: ours[0].detach()} if spec.saved else {})
+    references = [_results(function, given, which, dtype) for function in (spec.reference, *spec.reordered)]
     eps = torch.finfo(dtype).eps
     pairs = []
     if small.get("check") == "reference":
         allowed = small.get("tolerance", 4 * eps)
-        pairs = [(worst_row_error(a, b), allowed) for a, b in zip(ours, reference, strict=True)]
+        pairs = [(worst_row_error(a, b), allowed) for a, b in zip(ours, references[0], strict=True)]
     else:
         wide = {
             k: v.detach().double().requires_grad_(v.requires_grad)
             if torch.is_tensor(v) and v.is_floating_point()
             else v
-            for k, v in inputs.items()
+            for k, v in given.items()
         }
-        truth = _results(spec.reference, wide, which)
-        for a, b, c in zip(ours, reference, truth, strict=True):
+        truth = _results(spec.reference, wide, which, dtype)
+        for a, c, *others in zip(ours, truth, *references, strict=True):
             if c is not None:
-                pairs.append((worst_row_error(a, c), 2 * worst_row_error(b, c) + eps))
+                pairs.append((worst_row_error(a, c), 2 * max(worst_row_error(b, c) for b in others) + eps))
     return max(pairs, key=lambda pair: pair[0] / pair[1])
 
 

@@ -1,7 +1,7 @@
 """Triton backward of packed attention: δ first, then dK and dV by key tile, dQ by query tile. No atomics, so
 gradients repeat bitwise.
 
-With P from the saved log-sum-exp and δ_i = Σ_d out_id·dout_id:
+With P from the saved log-sum-exp (kept in log2, so that it is rounded once) and δ_i = Σ_d out_id·dout_id:
 
     dV = Pᵀ dout        dS = P ∘ (dout Vᵀ − δ)        dQ = softmax_scale · dS K        dK = softmax_scale · dSᵀ Q
 
@@ -19,7 +19,16 @@ import triton
 import triton.language as tl
 
 from .attention_forward import heads_per_group, schedule, tiles
-from .attention_tiles import LOG2_E, allowed_pairs, key_limits, load_rows, locate_tile, split_head_dim, store_rows
+from .attention_tiles import (
+    LOG2_E,
+    allowed_pairs,
+    dot_into,
+    key_limits,
+    load_rows,
+    locate_tile,
+    split_head_dim,
+    store_rows,
+)
 
 UNSPECIALISED = ["stat_head", "num_sequences", "num_tiles", "num_heads", "heads_per_group", "window"]
 
@@ -80,22 +89,22 @@ def accumulate_key_gradients(
         dout_rows = dout + start * dout_stride.to(tl.int64) + (rows * dout_stride)[:, None]
         q0 = load_rows(q_rows + dims0[None, :], rows_in, dims0, 0, HEAD_DIM, False)
         # An absent query gets weight exp2(x − ∞) = 0.
-        log_sums = tl.load(lse + positions, mask=rows_in, other=float("inf")) * 1.4426950408889634
-        scores = tl.dot(k0, tl.trans(q0), input_precision="ieee")
+        log_sums = tl.load(lse + positions, mask=rows_in, other=float("inf"))
+        scores = dot_into(k0, tl.trans(q0), None)
         do0 = load_rows(dout_rows + dims0[None, :], rows_in, dims0, 0, HEAD_DIM, False)
-        dweights = tl.dot(v0, tl.trans(do0), input_precision="ieee")
+        dweights = dot_into(v0, tl.trans(do0), None)
         if D1 > 0:
             dims1 = tl.arange(0, D1)
             q1 = load_rows(q_rows + (D0 + dims1)[None, :], rows_in, dims1, D0, HEAD_DIM, False)
-            scores = tl.dot(k1, tl.trans(q1), scores, input_precision="ieee")
+            scores = dot_into(k1, tl.trans(q1), scores)
             do1 = load_rows(dout_rows + (D0 + dims1)[None, :], rows_in, dims1, D0, HEAD_DIM, False)
-            dweights = tl.dot(v1, tl.trans(do1), dweights, input_precision="ieee")
+            dweights = dot_into(v1, tl.trans(do1), dweights)
         if D2 > 0:
             dims2 = tl.arange(0, D2)
             q2 = load_rows(q_rows + (D0 + D1 + dims2)[None, :], rows_in, dims2, D0 + D1, HEAD_DIM, False)
-            scores = tl.dot(k2, tl.trans(q2), scores, input_precision="ieee")
+            scores = dot_into(k2, tl.trans(q2), scores)
             do2 = load_rows(dout_rows + (D0 + D1 + dims2)[None, :], rows_in, dims2, D0 + D1, HEAD_DIM, False)
-            dweights = tl.dot(v2, tl.trans(do2), dweights, input_precision="ieee")
+            dweights = dot_into(v2, tl.trans(do2), dweights)
         if HAS_ALIBI:
             if CAUSAL:
                 log_sums += slope * (positions - reference).to(tl.float32)
@@ -110,15 +119,15 @@ def accumulate_key_gradients(
             weights = tl.where(allowed, weights, 0.0)
         deltas = tl.load(delta + positions, mask=rows_in, other=0.0)
         narrow = weights.to(q0.dtype)
-        dv0 = tl.dot(narrow, do0, dv0, input_precision="ieee")
+        dv0 = dot_into(narrow, do0, dv0)
         dscores = (weights * (dweights - deltas[None, :])).to(q0.dtype)
-        dk0 = tl.dot(dscores, q0, dk0, input_precision="ieee")
+        dk0 = dot_into(dscores, q0, dk0)
         if D1 > 0:
-            dv1 = tl.dot(narrow, do1, dv1, input_precision="ieee")
-            dk1 = tl.dot(dscores, q1, dk1, input_precision="ieee")
+            dv1 = dot_into(narrow, do1, dv1)
+            dk1 = dot_into(dscores, q1, dk1)
         if D2 > 0:
-            dv2 = tl.dot(narrow, do2, dv2, input_precision="ieee")
-            dk2 = tl.dot(dscores, q2, dk2, input_precision="ieee")
+            dv2 = dot_into(narrow, do2, dv2)
+            dk2 = dot_into(dscores, q2, dk2)
     return dk0, dk1, dk2, dv0, dv1, dv2
 
 
@@ -229,21 +238,21 @@ def accumulate_query_gradients(
         k_rows = k + start * k_stride.to(tl.int64) + (columns * k_stride)[:, None]
         v_rows = v + start * v_stride.to(tl.int64) + (columns * v_stride)[:, None]
         k0 = load_rows(k_rows + dims0[None, :], keys_in, dims0, 0, HEAD_DIM, not MASKED)
-        scores = tl.dot(q0, tl.trans(k0), input_precision="ieee")
+        scores = dot_into(q0, tl.trans(k0), None)
         v0 = load_rows(v_rows + dims0[None, :], keys_in, dims0, 0, HEAD_DIM, not MASKED)
-        dweights = tl.dot(do0, tl.trans(v0), input_precision="ieee")
+        dweights = dot_into(do0, tl.trans(v0), None)
         if D1 > 0:
             dims1 = tl.arange(0, D1)
             k1 = load_rows(k_rows + (D0 + dims1)[None, :], keys_in, dims1, D0, HEAD_DIM, not MASKED)
-            scores = tl.dot(q1, tl.trans(k1), scores, input_precision="ieee")
+            scores = dot_into(q1, tl.trans(k1), scores)
             v1 = load_rows(v_rows + (D0 + dims1)[None, :], keys_in, dims1, D0, HEAD_DIM, not MASKED)
-            dweights = tl.dot(do1, tl.trans(v1), dweights, input_precision="ieee")
+            dweights = dot_into(do1, tl.trans(v1), dweights)
         if D2 > 0:
             dims2 = tl.arange(0, D2)
             k2 = load_rows(k_rows + (D0 + D1 + dims2)[None, :], keys_in, dims2, D0 + D1, HEAD_DIM, not MASKED)
-            scores = tl.dot(q2, tl.trans(k2), scores, input_precision="ieee")
+            scores = dot_into(q2, tl.trans(k2), scores)
             v2 = load_rows(v_rows + (D0 + D1 + dims2)[None, :], keys_in, dims2, D0 + D1, HEAD_DIM, not MASKED)
-            dweights = tl.dot(do2, tl.trans(v2), dweights, input_precision="ieee")
+            dweights = dot_into(do2, tl.trans(v2), dweights)
         if HAS_ALIBI:
             if CAUSAL:
                 scores = scores * scale + (slope * (keys - reference).to(tl.float32))[None, :]
@@ -256,11 +265,11 @@ def accumulate_query_gradients(
             allowed = allowed_pairs(positions[:, None], keys[None, :], num_keys, window, CAUSAL, HAS_WINDOW)
             weights = tl.where(allowed, weights, 0.0)
         dscores = (weights * (dweights - deltas[:, None])).to(q0.dtype)
-        dq0 = tl.dot(dscores, k0, dq0, input_precision="ieee")
+        dq0 = dot_into(dscores, k0, dq0)
         if D1 > 0:
-            dq1 = tl.dot(dscores, k1, dq1, input_precision="ieee")
+            dq1 = dot_into(dscores, k1, dq1)
         if D2 > 0:
-            dq2 = tl.dot(dscores, k2, dq2, input_precision="ieee")
+            dq2 = dot_into(dscores, k2, dq2)
     return dq0, dq1, dq2
 
 
@@ -306,9 +315,7 @@ def query_gradient_kernel(
         do2 = load_rows(dout_rows + (D0 + D1 + dims2)[None, :], rows_in, dims2, D0 + D1, HEAD_DIM, False)
         dq2 = tl.zeros([BLOCK_M, D2], dtype=tl.float32)
     last_position = tl.minimum(row + BLOCK_M, length) - 1
-    log_sums = (
-        tl.load(lse + head_id * stat_head + first + positions, mask=rows_in, other=float("inf")) * 1.4426950408889634
-    )
+    log_sums = tl.load(lse + head_id * stat_head + first + positions, mask=rows_in, other=float("inf"))
     deltas = tl.load(delta + head_id * stat_head + first + positions, mask=rows_in, other=0.0)
     slope = 0.0
     if HAS_ALIBI:
@@ -345,7 +352,7 @@ def query_gradient_kernel(
 def default_key_config(head_dim: int, element_bytes: int, target: int = 80) -> dict[str, int]:
     """Tiles of the dK/dV kernel where tuned/ has nothing: the largest that do not spill."""
     if element_bytes == 4:
-        return tiles(16, 32, 4, 1)
+        return tiles(16, 32, 4 if head_dim <= 64 else 8, 1)
     if head_dim > 128:
         return tiles(16, 32, 8, 1)
     if head_dim <= 64:
@@ -360,7 +367,7 @@ def default_key_config(head_dim: int, element_bytes: int, target: int = 80) -> d
 def default_query_config(head_dim: int, element_bytes: int, target: int = 80) -> dict[str, int]:
     """Tiles of the dQ kernel where tuned/ has nothing: the largest that do not spill."""
     if element_bytes == 4:
-        return tiles(32, 16, 4, 1)
+        return tiles(32, 16, 4 if head_dim <= 64 else 8, 1)
     if head_dim > 128:
         return tiles(32, 32, 8, 1)
     if target >= 100:
@@ -399,7 +406,7 @@ def launch_backward(
     key_config: Mapping[str, int],
     query_config: Mapping[str, int],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dQ [T,H,D], dK and dV [T,K,D] from the forward's out and lse f32 [H,T] (natural log)."""
+    """dQ [T,H,D], dK and dV [T,K,D] from the forward's out and lse f32 [H,T] (in log2)."""
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
     group = num_heads // num_kv_heads
@@ -410,7 +417,7 @@ def launch_backward(
     if num_tokens == 0:
         return dq, dk, dv
     delta = launch_delta(out, dout)
-    d0, d1, d2 = split_head_dim(head_dim)
+    d0, d1, d2 = split_head_dim(head_dim, q.element_size())
     shared = heads_per_group(num_heads, group, max_query_len, head_dim, q.element_size())
     slopes_or_any = slopes if slopes is not None else query_starts
     limits = (window if window is not None else 0, softmax_scale * LOG2_E, softmax_scale)

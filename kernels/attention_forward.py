@@ -13,8 +13,6 @@ import triton.language as tl
 
 from .attention_tiles import LOG2_E, attend, key_limits, load_rows, locate_tile, split_head_dim, store_rows
 
-LN_2 = tl.constexpr(0.6931471805599453)
-
 
 @triton.jit
 def schedule(program, num_tiles, num_heads, heads_per_group):
@@ -41,7 +39,7 @@ def forward_kernel(
     CAUSAL: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M queries of one head against all its keys. ``scale`` carries log2(e); lse is written
-    as [H,T].
+    as [H,T] in log2.
     """
     tile, head = schedule(tl.program_id(0), num_tiles, num_heads, heads_per_group)
     _, sequence_start, length, row = locate_tile(starts, tile, num_sequences, BLOCK_M)
@@ -98,7 +96,7 @@ def forward_kernel(
         CAUSAL, HAS_ALIBI, HAS_WINDOW, True,
     )  # fmt: skip
 
-    inverse = 1.0 / row_sum
+    inverse = tl.div_rn(1.0, row_sum)
     out_rows = out + head_id * out_head + (first + positions.to(tl.int64))[:, None] * out_stride
     store_rows(out_rows, acc0 * inverse[:, None], rows_in, dims0, 0, HEAD_DIM)
     if D1 > 0:
@@ -108,7 +106,7 @@ def forward_kernel(
     log_sum = row_max + tl.math.log2(row_sum)
     if HAS_ALIBI and CAUSAL:
         log_sum -= slope * (positions - last_position).to(tl.float32)
-    tl.store(lse + head_id * lse_head + first + positions, log_sum * LN_2, mask=rows_in)
+    tl.store(lse + head_id * lse_head + first + positions, log_sum, mask=rows_in)
 
 
 def heads_per_group(num_heads: int, group: int, max_len: int, head_dim: int, element_bytes: int) -> int:
@@ -126,7 +124,7 @@ def tiles(block_m: int, block_n: int, num_warps: int, num_stages: int) -> dict[s
 def default_config(head_dim: int, element_bytes: int, target: int = 80) -> dict[str, int]:
     """Tiles where tuned/ has nothing: the largest that do not spill on compute capability ``target``."""
     if element_bytes == 4:
-        return tiles(32, 32, 4, 1)
+        return tiles(32, 32, 4 if head_dim <= 64 else 8, 1)
     if head_dim > 128:
         return tiles(64, 32, 8, 2)
     if target < 90 and head_dim > 64:
@@ -146,7 +144,7 @@ def launch_forward(
     causal: bool,
     config: Mapping[str, int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Runs the kernel; returns out [T,H,D] and lse [H,T] in natural log."""
+    """Runs the kernel; returns out [T,H,D] and lse [H,T] in log2."""
     num_tokens, num_heads, head_dim = q.shape
     num_sequences = query_starts.shape[0] - 1
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -156,7 +154,7 @@ def launch_forward(
     block_m = config["BLOCK_M"]
     group = num_heads // k.shape[1]
     num_tiles = num_tokens // block_m + num_sequences
-    d0, d1, d2 = split_head_dim(head_dim)
+    d0, d1, d2 = split_head_dim(head_dim, q.element_size())
     forward_kernel[(num_tiles * num_heads,)](
         q, k, v, out, lse, query_starts, slopes if slopes is not None else query_starts,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), out.stride(0), out.stride(1),

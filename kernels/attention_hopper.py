@@ -18,6 +18,7 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -29,6 +30,7 @@ from .attention_forward import heads_per_group
 from .attention_tiles import LOG2_E
 
 copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # renamed after Triton 3.6
+meet = getattr(gl, "barrier", None) or gl.thread_barrier  # renamed after Triton 3.6
 
 
 @gluon.jit
@@ -73,6 +75,26 @@ def find_tile(
     row = (tile - start // ROWS - low) * ROWS
     row = gl.where(present, row, length)
     return start, length, row, head
+
+
+@gluon.jit
+def clear_rows(tile, num_present, WIDTH: gl.constexpr):
+    """Zeroes the rows of a copied tile [ROWS,1,WIDTH] from ``num_present`` on: the copy took them from the next
+    sequence, whose infinities a weight of 0 would turn into NaN.
+
+    Each warpgroup does so before its own products. Both write the same bytes, so neither waits for the other.
+    """
+    ROWS: gl.constexpr = tile.shape[0]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
+    flat = tile.reshape([ROWS, WIDTH])
+    for part in gl.static_range(ROWS // 32):
+        if num_present < 32 * (part + 1):
+            rows = 32 * part + gl.arange(0, 32, gl.SliceLayout(1, layout))
+            piece = flat.slice(32 * part, 32)
+            values = piece.load(layout)
+            piece.store(gl.where((rows < num_present)[:, None], values, gl.zeros_like(values)))
+    fence_async_shared()
+    meet()
 
 
 @gluon.jit
@@ -184,6 +206,9 @@ def consume(
             row_sum = gl.sum(weights, 1)
             narrow = gl.convert_layout(weights.to(element), weight_layout)
             acc = gl.zeros([64, WIDTH], gl.float32, out_layout)
+            if length - block_begin < BLOCK_N:
+                mbarrier.wait(v_full.index(stage), phase)
+                clear_rows(v_tiles.index(stage), length - block_begin, WIDTH)
 
             for step in range(1, last_block + 1):
                 value_stage = stage
@@ -251,9 +276,7 @@ def consume(
             log_sum = row_max + gl.log2(row_sum)
             if HAS_ALIBI:
                 log_sum -= slope * (rows - reference).to(gl.float32)
-            gl.store(
-                lse + head.to(gl.int64) * lse_head + token + rows, log_sum * 0.6931471805599453, mask=rows < length
-            )
+            gl.store(lse + head.to(gl.int64) * lse_head + token + rows, log_sum, mask=rows < length)
 
 
 @gluon.jit(do_not_specialize=["lse_head", "num_slots", "num_tiles", "num_sequences", "num_heads", "group_heads"])
@@ -347,7 +370,7 @@ def launch_forward(
     slopes: torch.Tensor | None,
     config: Mapping[str, int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Runs the kernel; returns out [T,H,D] and lse [H,T] in natural log."""
+    """Runs the kernel; returns out [T,H,D] and lse [H,T] in log2."""
     num_tokens, num_heads, head_dim = q.shape
     num_sequences = query_starts.shape[0] - 1
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

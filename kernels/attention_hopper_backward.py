@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .attention_backward import launch_delta
 from .attention_forward import heads_per_group
-from .attention_hopper import copy_tile, find_tile, make_descriptor
+from .attention_hopper import clear_rows, copy_tile, find_tile, make_descriptor
 from .attention_tiles import LOG2_E
 
 
@@ -48,7 +48,7 @@ def produce_queries(
     GROUP: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, HAS_ALIBI: gl.constexpr,
 ):  # fmt: skip
     """For key_gradient_kernel: a tile's keys and values once, then the query and dout blocks of each head of
-    its group.
+    its group, from the last to the first.
 
     The queries' log-sum-exp and δ are loaded here too, so that no consumer waits for global memory.
     """
@@ -69,13 +69,13 @@ def produce_queries(
             num_blocks = (length - row + BLOCK_M - 1) // BLOCK_M
             for g in range(GROUP):
                 head = kv_head * GROUP + g
-                for block in range(num_blocks):
-                    block_begin = row + block * BLOCK_M
+                for step in range(num_blocks):
+                    block_begin = row + (num_blocks - 1 - step) * BLOCK_M
                     stage = blocks_done % STAGES
                     queries = block_begin + gl.arange(0, BLOCK_M, flat_layout)
                     address = head.to(gl.int64) * stat_head + start + queries
                     # A query past the end gets weight exp2(x − ∞) = 0.
-                    log_sums = gl.load(lse + address, mask=queries < length, other=float("inf")) * 1.4426950408889634
+                    log_sums = gl.load(lse + address, mask=queries < length, other=float("inf"))
                     deltas = gl.load(delta + address, mask=queries < length, other=0.0)
                     if HAS_ALIBI:
                         log_sums += gl.load(slopes + head) * 1.4426950408889634 * (queries - row).to(gl.float32)
@@ -126,7 +126,13 @@ def consume_queries(
                 if HAS_ALIBI:
                     slope = gl.load(slopes + kv_head * GROUP + g) * 1.4426950408889634
                     key_bias = slope * keys.to(gl.float32)
-                for block in range(num_blocks):
+                num_present = length - row - (num_blocks - 1) * BLOCK_M
+                if num_present < BLOCK_M:
+                    stage = blocks_done % STAGES
+                    mbarrier.wait(full.index(stage), (blocks_done // STAGES) & 1)
+                    clear_rows(q_tiles.index(stage), num_present, WIDTH)
+                    clear_rows(dout_tiles.index(stage), num_present, WIDTH)
+                for step in range(num_blocks):
                     stage = blocks_done % STAGES
                     mbarrier.wait(full.index(stage), (blocks_done // STAGES) & 1)
                     scores_token = warpgroup_mma(
@@ -148,7 +154,7 @@ def consume_queries(
                     scores = scores * scale - log_sums[None, :]
                     if HAS_ALIBI:
                         scores += key_bias[:, None]
-                    block_begin = block * BLOCK_M
+                    block_begin = (num_blocks - 1 - step) * BLOCK_M
                     if block_begin < half * 64 + 63:
                         limits = (keys - block_begin).to(gl.float32)
                         scores = gl.where(
@@ -304,7 +310,7 @@ def consume_keys(
             last_block = (gl.minimum(row + 128, length) - 1) // BLOCK_N
             positions = first_row + gl.arange(0, 64, gl.SliceLayout(1, score_layout))
             statistics = head.to(gl.int64) * stat_head + start + positions
-            log_sums = gl.load(lse + statistics, mask=positions < length, other=float("inf")) * 1.4426950408889634
+            log_sums = gl.load(lse + statistics, mask=positions < length, other=float("inf"))
             deltas = gl.load(delta + statistics, mask=positions < length, other=0.0)
             slope = 0.0
             if HAS_ALIBI:
@@ -316,6 +322,14 @@ def consume_keys(
             queries = q_tiles.index(half).reshape([64, WIDTH])
             douts = dout_tiles.index(half).reshape([64, WIDTH])
             mbarrier.wait(q_full.index(half), tiles_done & 1)
+            num_present = length - last_block * BLOCK_N
+            if num_present < BLOCK_N:
+                stage = blocks_done % STAGES
+                phase = (blocks_done // STAGES) & 1
+                mbarrier.wait(k_full.index(stage), phase)
+                clear_rows(k_tiles.index(stage), num_present, WIDTH)
+                mbarrier.wait(v_full.index(stage), phase)
+                clear_rows(v_tiles.index(stage), num_present, WIDTH)
             for step in range(last_block + 1):
                 block_begin = (last_block - step) * BLOCK_N
                 stage = blocks_done % STAGES
@@ -448,7 +462,7 @@ def launch_backward(
     key_config: Mapping[str, int],
     query_config: Mapping[str, int],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dQ [T,H,D], dK and dV [T,K,D] from the forward's out and lse f32 [H,T] (natural log)."""
+    """dQ [T,H,D], dK and dV [T,K,D] from the forward's out and lse f32 [H,T] (in log2)."""
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
     group = num_heads // num_kv_heads

@@ -1,7 +1,7 @@
 """Triton kernels of attention against the paged KV cache.
 
 Decodes: one program per (sequence, span of SPLIT keys, key/value head) takes the head's whole query group in
-one tile and leaves a normalised partial output with its log-sum-exp; a second kernel merges the spans. Spans
+one tile and leaves a partial output with its weights' maximum and sum; a second kernel merges the spans. Spans
 are cut at fixed positions, so a row's arithmetic depends on its own context alone. A prefix common to a group of
 adjacent decodes is read once for the group: there the rows of a tile are the queries of many sequences, and its spans
 are merged like any others. Chunks (more than one query): tiles of queries times group heads against all keys, no
@@ -61,7 +61,7 @@ def finish_rows(
 
 @triton.jit(do_not_specialize=["table_stride", "num_kv_heads", "num_slots", "first_slot", "window"])
 def decode_kernel(
-    q, k, v, page_table, context_lens, prefix_lens, slopes, k_scales, v_scales, out, partial, partial_lse,
+    q, k, v, page_table, context_lens, prefix_lens, slopes, k_scales, v_scales, out, partial, statistics,
     q_stride, q_head, k_page, k_stride, k_head, v_page, v_stride, v_head, out_stride, out_head, table_stride,
     num_kv_heads, num_slots, first_slot, window, scale,
     GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
@@ -94,10 +94,8 @@ def decode_kernel(
     slope = 0.0
     if HAS_ALIBI:
         slope = (tl.load(slopes + heads, mask=rows_in, other=0.0) * 1.4426950408889634)[:, None]
-    value_scale = 1.0
     if HAS_SCALE:
         scale = scale * tl.load(k_scales + kv_head)
-        value_scale = tl.load(v_scales + kv_head)
     positions = tl.zeros([ROWS], dtype=tl.int32) + (context - 1)
     pages = page_table + sequence_id * table_stride
     k_base = k + kv_head_id * k_head
@@ -125,21 +123,24 @@ def decode_kernel(
         pages, k_page, v_page, full_end, span_end, span_end, window, scale,
         HEAD_DIM, D0, D1, D2, BLOCK_N, PAGE_SIZE, True, HAS_ALIBI, HAS_WINDOW, True,
     )  # fmt: skip
-    factor = tl.where(row_sum > 0.0, value_scale / row_sum, 0.0)
+    if HAS_SCALE:
+        row_sum = tl.div_rn(row_sum, tl.load(v_scales + kv_head))
     if DIRECT:
         out_rows = out + sequence_id * out_stride + (heads * out_head)[:, None]
-        finish_rows(out_rows, acc0, acc1, acc2, factor, rows_in, HEAD_DIM, D0, D1, D2)
+        finish_rows(out_rows, acc0, acc1, acc2, tl.div_rn(1.0, row_sum), rows_in, HEAD_DIM, D0, D1, D2)
     else:
+        # A span wholly before the window has no weight: maximum −∞, sum 0.
         num_heads = num_kv_heads * GROUP
         slots = (sequence_id * num_heads + heads) * num_slots + first_slot + span
-        finish_rows(partial + slots[:, None] * HEAD_DIM, acc0, acc1, acc2, factor, rows_in, HEAD_DIM, D0, D1, D2)
-        # A span wholly before the window has no weight: log2(0) = −∞.
-        tl.store(partial_lse + slots, row_max + tl.math.log2(row_sum), mask=rows_in)
+        ones = tl.full([ROWS], 1.0, dtype=tl.float32)
+        finish_rows(partial + slots[:, None] * HEAD_DIM, acc0, acc1, acc2, ones, rows_in, HEAD_DIM, D0, D1, D2)
+        tl.store(statistics + 2 * slots, row_max, mask=rows_in)
+        tl.store(statistics + 2 * slots + 1, row_sum, mask=rows_in)
 
 
 @triton.jit(do_not_specialize=["table_stride", "num_kv_heads", "num_slots", "first_slot", "window"])
 def vector_decode_kernel(
-    q, k, v, page_table, context_lens, prefix_lens, slopes, k_scales, v_scales, out, partial, partial_lse,
+    q, k, v, page_table, context_lens, prefix_lens, slopes, k_scales, v_scales, out, partial, statistics,
     q_stride, q_head, k_page, k_stride, k_head, v_page, v_stride, v_head, out_stride, out_head, table_stride,
     num_kv_heads, num_slots, first_slot, window, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
@@ -170,10 +171,8 @@ def vector_decode_kernel(
     slope = 0.0
     if HAS_ALIBI:
         slope = tl.load(slopes + head) * 1.4426950408889634
-    value_scale = 1.0
     if HAS_SCALE:
         scale = scale * tl.load(k_scales + head)
-        value_scale = tl.load(v_scales + head)
     query = query * scale
     pages = page_table + sequence_id * table_stride
     k_base = k + head_id * k_head + dims[None, :]
@@ -204,19 +203,21 @@ def vector_decode_kernel(
         row_sum = row_sum * rescale + tl.sum(weights, 0)
         acc = acc * rescale + tl.sum(weights[:, None] * v_tile.to(tl.float32), 0)
         row_max = new_max
-    factor = tl.where(row_sum > 0.0, value_scale / row_sum, 0.0)
+    if HAS_SCALE:
+        row_sum = tl.div_rn(row_sum, tl.load(v_scales + head))
     if DIRECT:
         out_row = out + sequence_id * out_stride + head_id * out_head
-        tl.store(out_row + dims, (acc * factor).to(out.dtype.element_ty), mask=dims_in)
+        tl.store(out_row + dims, (acc * tl.div_rn(1.0, row_sum)).to(out.dtype.element_ty), mask=dims_in)
     else:
         slot = (sequence_id * num_kv_heads + head) * num_slots + first_slot + span
-        tl.store(partial + slot * HEAD_DIM + dims, acc * factor, mask=dims_in)
-        tl.store(partial_lse + slot, row_max + tl.math.log2(row_sum))
+        tl.store(partial + slot * HEAD_DIM + dims, acc, mask=dims_in)
+        tl.store(statistics + 2 * slot, row_max)
+        tl.store(statistics + 2 * slot + 1, row_sum)
 
 
 @triton.jit(do_not_specialize=["table_stride", "num_groups", "num_kv_heads", "num_slots", "num_spans", "window"])
 def prefix_kernel(
-    q, k, v, page_table, context_lens, prefix_groups, prefix_lens, slopes, k_scales, v_scales, partial, partial_lse,
+    q, k, v, page_table, context_lens, prefix_groups, prefix_lens, slopes, k_scales, v_scales, partial, statistics,
     q_stride, q_head, k_page, k_stride, k_head, v_page, v_stride, v_head, table_stride,
     num_groups, num_kv_heads, num_slots, num_spans, window, scale,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -252,10 +253,8 @@ def prefix_kernel(
     if HAS_ALIBI:
         row_slope = tl.load(slopes + heads, mask=rows_in, other=0.0) * 1.4426950408889634
         slope = row_slope[:, None]
-    value_scale = 1.0
     if HAS_SCALE:
         scale = scale * tl.load(k_scales + kv_head)
-        value_scale = tl.load(v_scales + kv_head)
     pages = page_table + group_start.to(tl.int64) * table_stride
     span_end = tl.minimum(span_begin + SPLIT, prefix_len)
     full_end = span_begin + (span_end - span_begin) // BLOCK_N * BLOCK_N
@@ -273,22 +272,25 @@ def prefix_kernel(
         v_stride, pages, k_page, v_page, full_end, span_end, span_end, window, scale,
         HEAD_DIM, D0, D1, D2, BLOCK_N, PAGE_SIZE, True, HAS_ALIBI, HAS_WINDOW, True,
     )  # fmt: skip
-    log_sum = row_max + tl.math.log2(row_sum)
+    if HAS_SCALE:
+        row_sum = tl.div_rn(row_sum, tl.load(v_scales + kv_head))
     if HAS_ALIBI:  # keys were measured from the prefix's end, decode_kernel measures from each query
-        log_sum += row_slope * (prefix_len - positions).to(tl.float32)
+        row_max += row_slope * (prefix_len - positions).to(tl.float32)
     slots = (sequences * (num_kv_heads * GROUP) + heads) * num_slots + span
-    finish_rows(
-        partial + slots[:, None] * HEAD_DIM, acc0, acc1, acc2, value_scale / row_sum, rows_in, HEAD_DIM, D0, D1, D2
-    )
-    tl.store(partial_lse + slots, log_sum, mask=rows_in)
+    ones = tl.full([BLOCK_M], 1.0, dtype=tl.float32)
+    finish_rows(partial + slots[:, None] * HEAD_DIM, acc0, acc1, acc2, ones, rows_in, HEAD_DIM, D0, D1, D2)
+    tl.store(statistics + 2 * slots, row_max, mask=rows_in)
+    tl.store(statistics + 2 * slots + 1, row_sum, mask=rows_in)
 
 
 @triton.jit(do_not_specialize=["num_heads", "num_slots", "first_slot"])
 def merge_kernel(
-    partial, partial_lse, context_lens, prefix_lens, out, out_stride, out_head, num_heads, num_slots, first_slot,
+    partial, statistics, context_lens, prefix_lens, out, out_stride, out_head, num_heads, num_slots, first_slot,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr, HAS_PREFIX: tl.constexpr,
 ):  # fmt: skip
-    """Merges a row's spans, in order, weighted by their log-sum-exp."""
+    """Merges a row's spans, in order. Maximum and sum come apart: a log-sum-exp would be rounded, and with it the
+    weight of a whole span.
+    """
     sequence = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     context = tl.load(context_lens + sequence)
@@ -304,17 +306,18 @@ def merge_kernel(
     weight_sum = 0.0
     for number in tl.range(0, used):
         slot = tl.where(number < prefix_used, number, first_slot + number - prefix_used)
-        log_sum = tl.load(partial_lse + base + slot)
+        slot_max = tl.load(statistics + 2 * (base + slot))
+        slot_sum = tl.load(statistics + 2 * (base + slot) + 1)
         part = tl.load(partial + (base + slot) * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0)
-        new_largest = tl.maximum(largest, log_sum)
+        new_largest = tl.maximum(largest, slot_max)
         pivot = tl.where(new_largest == float("-inf"), 0.0, new_largest)
         rescale = tl.math.exp2(largest - pivot)
-        weight = tl.math.exp2(log_sum - pivot)
+        weight = tl.math.exp2(slot_max - pivot)
         total = total * rescale + part * weight
-        weight_sum = weight_sum * rescale + weight
+        weight_sum = weight_sum * rescale + slot_sum * weight
         largest = new_largest
     out_row = out + sequence * out_stride + head * out_head
-    tl.store(out_row + dims, (total / weight_sum).to(out.dtype.element_ty), mask=dims < HEAD_DIM)
+    tl.store(out_row + dims, (total * tl.div_rn(1.0, weight_sum)).to(out.dtype.element_ty), mask=dims < HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=["table_stride", "num_sequences", "num_tiles", "num_kv_heads", "window"])
@@ -345,10 +348,8 @@ def chunk_kernel(
     slope = 0.0
     if HAS_ALIBI:
         slope = (tl.load(slopes + heads) * 1.4426950408889634)[:, None]
-    value_scale = 1.0
     if HAS_SCALE:
         scale = scale * tl.load(k_scales + kv_head)
-        value_scale = tl.load(v_scales + kv_head)
     positions = context - num_queries + queries
     first_position = context - num_queries + first_query
     last_position = tl.minimum(first_position + QUERIES, context) - 1
@@ -376,8 +377,10 @@ def chunk_kernel(
         pages, k_page, v_page, edge, end, context, window, scale,
         HEAD_DIM, D0, D1, D2, BLOCK_N, PAGE_SIZE, True, HAS_ALIBI, HAS_WINDOW, True,
     )  # fmt: skip
+    if HAS_SCALE:
+        row_sum = tl.div_rn(row_sum, tl.load(v_scales + kv_head))
     out_rows = out + (tokens * out_stride + heads * out_head)[:, None]
-    finish_rows(out_rows, acc0, acc1, acc2, value_scale / row_sum, rows_in, HEAD_DIM, D0, D1, D2)
+    finish_rows(out_rows, acc0, acc1, acc2, tl.div_rn(1.0, row_sum), rows_in, HEAD_DIM, D0, D1, D2)
 
 
 def default_decode_config(head_dim: int, element_bytes: int, target: int = 80, cache_bytes: int = 2) -> dict[str, int]:
@@ -418,7 +421,7 @@ def default_chunk_config(head_dim: int, element_bytes: int, target: int = 80, ca
     loop, read outside the pages on an H100 with Triton 3.6.
     """
     if element_bytes == 4:
-        return tiles(32, 32, 4, 1)
+        return tiles(32, 32, 4 if head_dim <= 64 else 8, 1)
     if cache_bytes == 1 or head_dim % 16:
         return tiles(64, 32, 4, 1)
     if head_dim > 128:
@@ -458,7 +461,7 @@ def launch_paged(
     num_kv_heads = k_cache.shape[2]
     group = num_heads // num_kv_heads
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    d0, d1, d2 = split_head_dim(head_dim)
+    d0, d1, d2 = split_head_dim(head_dim, q.element_size())
     has_scale = k_scale is not None or v_scale is not None
     if has_scale:
         ones = torch.ones(num_kv_heads, dtype=torch.float32, device=q.device)
@@ -483,10 +486,10 @@ def launch_paged(
         num_slots = prefix_spans + spans
         direct = num_slots == 1
         if direct:
-            partial = partial_lse = out
+            partial = statistics = out
         else:
             partial = torch.empty((num_decodes, num_heads, num_slots, head_dim), dtype=torch.float32, device=q.device)
-            partial_lse = torch.empty((num_decodes, num_heads, num_slots), dtype=torch.float32, device=q.device)
+            statistics = torch.empty((num_decodes, num_heads, num_slots, 2), dtype=torch.float32, device=q.device)
         if has_prefix:
             assert prefix_groups is not None
             num_groups = prefix_groups.shape[0] - 1
@@ -495,12 +498,12 @@ def launch_paged(
             num_tiles = num_decodes // (config["BLOCK_M"] // group) + num_groups
             prefix_kernel[(num_tiles * prefix_spans * num_kv_heads,)](
                 q, k_cache, v_cache, page_table, context_lens, prefix_groups, prefix_lens_, slopes_, k_scale_,
-                v_scale_, partial, partial_lse, q.stride(0), q.stride(1), *cache_strides, page_table.stride(0),
+                v_scale_, partial, statistics, q.stride(0), q.stride(1), *cache_strides, page_table.stride(0),
                 num_groups, num_kv_heads, num_slots, prefix_spans, window_, scale, SPLIT=split, **constants, **config,
             )  # fmt: skip
         arguments = (
             q, k_cache, v_cache, page_table, context_lens, prefix_lens_, slopes_, k_scale_, v_scale_, out, partial,
-            partial_lse, q.stride(0), q.stride(1), *cache_strides, out.stride(0), out.stride(1), page_table.stride(0),
+            statistics, q.stride(0), q.stride(1), *cache_strides, out.stride(0), out.stride(1), page_table.stride(0),
             num_kv_heads, num_slots, prefix_spans, window_, scale,
         )  # fmt: skip
         flags = {"HAS_PREFIX": has_prefix, "DIRECT": direct}
@@ -517,7 +520,7 @@ def launch_paged(
             decode_kernel[grid](*arguments, **config, **decode_config)
         if not direct:
             merge_kernel[(num_decodes, num_heads)](
-                partial, partial_lse, context_lens, prefix_lens_, out, out.stride(0), out.stride(1), num_heads,
+                partial, statistics, context_lens, prefix_lens_, out, out.stride(0), out.stride(1), num_heads,
                 num_slots, prefix_spans, HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), SPLIT=split,
                 HAS_PREFIX=has_prefix, num_warps=2,
             )  # fmt: skip

@@ -88,12 +88,12 @@ def _sequences(
 
 
 class _Reference(torch.autograd.Function):
-    """Sequence by sequence with the whole score matrix, in fp32 or better, but for what q's type must carry on any
-    matrix unit: the weights that meet v, and ``out``, from which the backward takes δ.
+    """Sequence by sequence with the whole score matrix, in fp32 or better. What the backward pass takes δ from is
+    ``saved_out`` in q's type, or the reference's own result where none is given.
     """
 
     @staticmethod
-    def forward(ctx: Any, q, k, v, query_starts, softmax_scale, slopes, window, causal):
+    def forward(ctx: Any, q, k, v, query_starts, softmax_scale, slopes, window, causal, saved_out):
         accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
         out = torch.zeros_like(q)
         lse = torch.zeros(q.shape[:2], dtype=accumulate, device=q.device)
@@ -101,9 +101,8 @@ class _Reference(torch.autograd.Function):
             positions = torch.arange(qs.shape[1], device=q.device)
             scores = qs @ ks.mT * softmax_scale + bias_tile(positions, positions, slopes, window, causal, accumulate)
             lse[rows] = torch.logsumexp(scores, dim=-1).T
-            weights = torch.softmax(scores, dim=-1).to(q.dtype).to(accumulate)
-            out[rows] = (weights @ vs).transpose(0, 1).to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, lse, query_starts, slopes)
+            out[rows] = (torch.softmax(scores, dim=-1) @ vs).transpose(0, 1).to(q.dtype)
+        ctx.save_for_backward(q, k, v, out if saved_out is None else saved_out, lse, query_starts, slopes)
         ctx.settings = (softmax_scale, window, causal)
         ctx.mark_non_differentiable(lse)
         return out, lse
@@ -124,7 +123,7 @@ class _Reference(torch.autograd.Function):
             dq[rows] = (dscores @ ks).transpose(0, 1).to(q.dtype)
             dk[rows] = (dscores.mT @ qs).unflatten(0, (-1, group)).sum(1).transpose(0, 1).to(k.dtype)
             dv[rows] = (weights.mT @ douts).unflatten(0, (-1, group)).sum(1).transpose(0, 1).to(v.dtype)
-        return dq, dk, dv, None, None, None, None, None
+        return dq, dk, dv, None, None, None, None, None, None
 
 
 def attention_prefill_reference(
@@ -139,9 +138,16 @@ def attention_prefill_reference(
     window: int | None = None,
     causal: bool = True,
     return_lse: bool = False,
+    saved_out: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """The readable truth, forward and backward; arguments as attention_prefill."""
-    out, lse = _Reference.apply(q, k, v, query_starts, softmax_scale, alibi_slopes, window, causal)  # type: ignore[misc]
+    """The readable truth, forward and backward; arguments as attention_prefill.
+
+    ``saved_out`` [T,H,D] is the output that a backward pass finds saved: gradients are functions of q, k, v, dout and
+    of it. Given another implementation's, the reference's gradients start where that implementation's start.
+    """
+    out, lse = _Reference.apply(  # type: ignore[misc]
+        q, k, v, query_starts, softmax_scale, alibi_slopes, window, causal, saved_out
+    )
     return (out, lse) if return_lse else out
 
 
@@ -383,7 +389,7 @@ def attention_prefill(
             q, k, v, query_starts, max_query_len, softmax_scale, alibi_slopes, window, causal
         )  # type: ignore[misc]
         out = out[..., :head_dim]
-        return (out, lse.transpose(0, 1)) if return_lse else out
+        return (out, lse.transpose(0, 1) * math.log(2)) if return_lse else out
     if chosen == "cpp":
         if q.dtype != torch.bfloat16:
             raise bad_argument(OP, "q", q.dtype, "bfloat16 with backend 'cpp'")

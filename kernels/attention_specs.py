@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -136,15 +137,17 @@ def _prefill_bench() -> tuple[Case, ...]:
             first = 1 if model == "MPT-7B" else 4
             cases.append({"model": model, "lens": [8192], "pass": which, "priority": first, "check_at": small, **shape})
     many = [2048, 1024, 512, 3072, 128, 1408]
-    cases.append({"model": "MPT-7B packed", "lens": many, "check_at": {"lens": [300, 70, 1]}, **MODELS["MPT-7B"]})
-    window = {"lens": [8192], "window": 1024, "check_at": {"lens": [700], "window": 100}}
+    cases.append(
+        {"model": "MPT-7B packed", "lens": many, "priority": 2, "check_at": {"lens": [300, 70, 1]}, **MODELS["MPT-7B"]}
+    )
+    window = {"lens": [8192], "window": 1024, "priority": 2, "check_at": {"lens": [700], "window": 100}}
     cases.append({"model": "Llama-8B window", **window, **MODELS["Llama-8B"]})
     return tuple(cases)
 
 
 def _signature(kernel: Any, constants: dict[str, Any], element: str, cache: str) -> tuple[dict[str, str], dict]:
     kinds = dict.fromkeys(("q", "out", "dout", "dq", "dk", "dv"), f"*{element}") | dict.fromkeys("kv", f"*{cache}")
-    kinds |= dict.fromkeys(("lse", "delta", "slopes", "k_scales", "v_scales", "partial", "partial_lse"), "*fp32")
+    kinds |= dict.fromkeys(("lse", "delta", "slopes", "k_scales", "v_scales", "partial", "statistics"), "*fp32")
     kinds |= dict.fromkeys(("starts", "page_table", "context_lens", "prefix_groups", "prefix_lens"), "*i32")
     kinds |= {"scale": "fp32", "softmax_scale": "fp32"}
     signature = {name: kinds.get(name, "i32") for name in kernel.arg_names if name not in constants}
@@ -218,6 +221,18 @@ def _hopper_compile_cases() -> list[CompileCase]:
     return cases
 
 
+def _reordered(order: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The reference with the head dims in another order: the same attention, its sums over them rounded otherwise."""
+
+    def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, saved_out: torch.Tensor, **others: Any):
+        dims = order(torch.arange(q.shape[-1], device=q.device))
+        q, k, v, saved_out = (x[..., dims] for x in (q, k, v, saved_out))
+        out = attention_prefill_reference(q, k, v, saved_out=saved_out, **others)
+        return out[..., torch.argsort(dims)]  # type: ignore[call-overload]
+
+    return reference
+
+
 PREFILL = KernelSpec(
     op="attention_prefill",
     run=attention_prefill,
@@ -239,6 +254,8 @@ PREFILL = KernelSpec(
     flops=_prefill_flops,
     compile_cases=_prefill_compile_cases,
     peers={"sdpa without ALiBi": _sdpa, "flex": _flex, "flash-attn": _flash},
+    saved="saved_out",
+    reordered=(_reordered(lambda dims: dims.flip(0)), _reordered(lambda dims: torch.cat([dims[::2], dims[1::2]]))),
 )
 
 
@@ -341,7 +358,7 @@ def _paged_bench() -> tuple[Case, ...]:
         cases.append({**case, "priority": 1})
     for cache in ("fp8", "int8"):
         cases.append(
-            {"model": f"MPT-7B {cache}", "B": 64, "L": 2048, "S": 64, "cache": cache, "check_at": small}
+            {"model": f"MPT-7B {cache}", "B": 64, "L": 2048, "S": 64, "cache": cache, "check_at": small, "priority": 2}
             | MODELS["MPT-7B"]
         )
     for model in ("MPT-30B", "Llama-8B", "SmolLM2-135M"):

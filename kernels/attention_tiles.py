@@ -17,10 +17,16 @@ LOG2_E = 1.4426950408889634
 MASKED_SCORE = tl.constexpr(-1.0e30)  # finite, so that a row whose first block is all masked stays free of NaN
 
 
-def split_head_dim(head_dim: int) -> tuple[int, int, int]:
-    """Chunk widths (powers of two ≥ 16, or 0) that cover ``head_dim`` with at most three products; up to 64 one."""
+def split_head_dim(head_dim: int, element_bytes: int = 2) -> tuple[int, int, int]:
+    """Chunk widths (powers of two ≥ 16, or 0) that cover ``head_dim`` with at most three products; up to 64 one.
+
+    In fp32 a single chunk of 64 or more is cut as well, for its sums' sake (see dot_into).
+    """
+    whole = max(16, 1 << (head_dim - 1).bit_length())
+    if element_bytes == 4 and whole >= 64 and whole - head_dim < 16:
+        return whole // 2, whole // 4, whole // 4
     if head_dim <= 64:
-        return max(16, 1 << (head_dim - 1).bit_length()), 0, 0
+        return whole, 0, 0
     left = -(-head_dim // 16) * 16
     chunks: list[int] = []
     while left:
@@ -115,6 +121,33 @@ def store_rows(base, values, rows_in, dims, offset: tl.constexpr, HEAD_DIM: tl.c
 
 
 @triton.jit
+def dot_into(a, b, acc):
+    """acc + a·b (a·b where ``acc`` is None), in place on the matrix units.
+
+    In fp32 a thread adds one product after the other, and the rounding of such a chain grows with its length: there
+    the halves are summed on their own, and the fused multiply-add keeps the compiler from starting the chain at
+    ``acc``.
+    """
+    if a.dtype != tl.float32:
+        if acc is None:
+            result = tl.dot(a, b)
+        else:
+            result = tl.dot(a, b, acc)
+    else:
+        rows: tl.constexpr = a.shape[0]
+        columns: tl.constexpr = b.shape[1]
+        half: tl.constexpr = a.shape[1] // 2
+        if half >= 16:
+            halves = tl.permute(tl.reshape(a, [rows, 2, half]), 1, 0, 2)
+            result = tl.sum(tl.dot(halves, tl.reshape(b, [2, half, columns]), input_precision="ieee"), 0)
+        else:
+            result = tl.dot(a, b, input_precision="ieee")
+        if acc is not None:
+            result = tl.fma(result, 1.0, acc)
+    return result
+
+
+@triton.jit
 def attend(
     acc0, acc1, acc2, row_sum, row_max,
     q0, q1, q2,
@@ -148,15 +181,15 @@ def attend(
             k_rows = k + start * k_stride.to(tl.int64) + (tl.arange(0, BLOCK_N) * k_stride)[:, None]
             v_rows = v + start * v_stride.to(tl.int64) + (tl.arange(0, BLOCK_N) * v_stride)[:, None]
         tile = load_rows(k_rows + dims0[None, :], keys_in, dims0, 0, HEAD_DIM, not MASKED)
-        scores = tl.dot(q0, tl.trans(tile.to(q0.dtype)), input_precision="ieee")
+        scores = dot_into(q0, tl.trans(tile.to(q0.dtype)), None)
         if D1 > 0:
             dims1 = tl.arange(0, D1)
             tile = load_rows(k_rows + (D0 + dims1)[None, :], keys_in, dims1, D0, HEAD_DIM, not MASKED)
-            scores = tl.dot(q1, tl.trans(tile.to(q0.dtype)), scores, input_precision="ieee")
+            scores = dot_into(q1, tl.trans(tile.to(q0.dtype)), scores)
         if D2 > 0:
             dims2 = tl.arange(0, D2)
             tile = load_rows(k_rows + (D0 + D1 + dims2)[None, :], keys_in, dims2, D0 + D1, HEAD_DIM, not MASKED)
-            scores = tl.dot(q2, tl.trans(tile.to(q0.dtype)), scores, input_precision="ieee")
+            scores = dot_into(q2, tl.trans(tile.to(q0.dtype)), scores)
 
         # Masked scores must be scaled before they are masked: fused into the subtraction of their own maximum, the
         # scale's rounding would leave a huge remainder.
@@ -182,13 +215,13 @@ def attend(
         weights = weights.to(q0.dtype)
 
         tile = load_rows(v_rows + dims0[None, :], keys_in, dims0, 0, HEAD_DIM, not MASKED)
-        acc0 = tl.dot(weights, tile.to(q0.dtype), acc0 * rescale[:, None], input_precision="ieee")
+        acc0 = dot_into(weights, tile.to(q0.dtype), acc0 * rescale[:, None])
         if D1 > 0:
             dims1 = tl.arange(0, D1)
             tile = load_rows(v_rows + (D0 + dims1)[None, :], keys_in, dims1, D0, HEAD_DIM, not MASKED)
-            acc1 = tl.dot(weights, tile.to(q0.dtype), acc1 * rescale[:, None], input_precision="ieee")
+            acc1 = dot_into(weights, tile.to(q0.dtype), acc1 * rescale[:, None])
         if D2 > 0:
             dims2 = tl.arange(0, D2)
             tile = load_rows(v_rows + (D0 + D1 + dims2)[None, :], keys_in, dims2, D0 + D1, HEAD_DIM, not MASKED)
-            acc2 = tl.dot(weights, tile.to(q0.dtype), acc2 * rescale[:, None], input_precision="ieee")
+            acc2 = dot_into(weights, tile.to(q0.dtype), acc2 * rescale[:, None])
     return acc0, acc1, acc2, row_sum, row_max

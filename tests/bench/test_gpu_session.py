@@ -49,3 +49,27 @@ def test_test_files_run_side_by_side_and_are_counted(tmp_path):
     assert set(done) == {"test_fine.py", "test_broken.py"}
     assert done["test_fine.py"]["passed"] == 1 and done["test_fine.py"]["failures"] == []
     assert done["test_broken.py"]["failed"] == 1 and "test_a" in done["test_broken.py"]["failures"][0]
+
+
+def test_a_file_that_hangs_or_dies_costs_that_file_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "FILE_SHARE", 0.25)
+    head = "import pytest, os, time\n@pytest.mark.gpu\ndef test_a(): pass\n@pytest.mark.gpu\ndef test_b(): "
+    (tmp_path / "test_hangs.py").write_text(head + "time.sleep(60)\n")
+    (tmp_path / "test_dies.py").write_text(head + "os.abort()\n")
+    (tmp_path / "test_fine.py").write_text(head + "pass\n")
+    result = tmp_path / "tests.json"
+    assert gpu.run_tests(tmp_path, 24, result) == 1
+    done = {name.rsplit("/", 1)[1]: outcome for name, outcome in json.loads(result.read_text()).items()}
+    assert done["test_fine.py"] == {"state": "exit code 0", "passed": 2, "failures": []}
+    assert done["test_hangs.py"] == {"state": "out of time", "passed": 1, "failures": []}
+    assert done["test_dies.py"]["passed"] == 1 and done["test_dies.py"]["state"].startswith("exit code -")
+
+
+def test_what_never_ended_on_the_device_goes_first(tmp_path):
+    files = [tmp_path / f"test_{name}.py" for name in ("passed", "failed", "stopped", "new", "large")]
+    for file in files:
+        file.write_text("#" * (200 if file.stem == "test_large" else 100))
+    states = {"passed": "exit code 0", "failed": "exit code 1", "stopped": "out of time"}
+    recorded = {str(tmp_path / f"test_{name}.py"): {"state": state} for name, state in states.items()}
+    order = [file.stem[5:] for file in gpu.in_order_of_need(files, recorded)]
+    assert order == ["large", "stopped", "new", "failed", "passed"]

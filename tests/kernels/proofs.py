@@ -22,10 +22,15 @@ def worst_row_error(out: torch.Tensor, truth: torch.Tensor) -> float:
     return float("inf") if worst.isnan() else float(worst)
 
 
-def assert_as_good(ours: torch.Tensor, reference: torch.Tensor, truth: torch.Tensor, what: str = "") -> None:
-    """Ours may err at most twice as much as the reference at the same dtype, plus that dtype's eps."""
+def assert_as_good(
+    ours: torch.Tensor, reference: torch.Tensor | list[torch.Tensor], truth: torch.Tensor, what: str = ""
+) -> None:
+    """Ours may err at most twice as much as the reference (the worst of several) at the same dtype, plus that dtype's
+    eps.
+    """
     error = worst_row_error(ours, truth)
-    allowed = 2 * worst_row_error(reference, truth) + torch.finfo(ours.dtype).eps
+    references = reference if isinstance(reference, list) else [reference]
+    allowed = 2 * max(worst_row_error(r, truth) for r in references) + torch.finfo(ours.dtype).eps
     assert error <= allowed, f"{what}: worst row's error {error:.2e}, allowed {allowed:.2e}"
 
 
@@ -48,8 +53,13 @@ def widen(inputs: dict) -> dict:
     }
 
 
-def outputs_and_gradients(function, inputs: dict, seed: int = 0) -> list[torch.Tensor]:
-    """Outputs of ``function``, then the gradients of the leaves that want one, for fixed random output gradients."""
+def outputs_and_gradients(
+    function, inputs: dict, seed: int = 0, dout_dtype: torch.dtype | None = None
+) -> list[torch.Tensor]:
+    """Outputs of ``function``, then the gradients of the leaves that want one, for fixed random output gradients.
+
+    These are rounded to ``dout_dtype`` first: what is compared must be given the same.
+    """
     inputs = {k: v.detach().requires_grad_(v.requires_grad) if torch.is_tensor(v) else v for k, v in inputs.items()}
     outputs = function(**inputs)
     outputs = [outputs] if torch.is_tensor(outputs) else list(outputs)
@@ -57,7 +67,7 @@ def outputs_and_gradients(function, inputs: dict, seed: int = 0) -> list[torch.T
     if not leaves:
         return outputs
     generator = torch.Generator().manual_seed(seed)
-    douts = [torch.randn(o.shape, generator=generator).to(o.device, o.dtype) for o in outputs]
+    douts = [torch.randn(o.shape, generator=generator).to(dout_dtype or o.dtype).to(o.device, o.dtype) for o in outputs]
     return outputs + list(torch.autograd.grad(outputs, leaves, douts, allow_unused=True))
 
 
@@ -65,10 +75,12 @@ def prove(spec, case, dtype: torch.dtype, *, device: str = "cpu", seed: int = 0)
     """Runs the Triton kernel of ``spec`` on poisoned memory and holds outputs and gradients against the fp64 truth."""
     inputs = spec.make_inputs(case, device, dtype, seed)
     with poisoned():
-        ours = outputs_and_gradients(lambda **kw: spec.run(**kw, backend="triton"), inputs)
-    reference = outputs_and_gradients(spec.reference, inputs)
-    truth = outputs_and_gradients(spec.reference, widen(inputs))
-    assert len(ours) == len(reference)
-    for number, (a, b, c) in enumerate(zip(ours, reference, truth, strict=True)):
-        assert a.dtype == b.dtype
+        ours = outputs_and_gradients(lambda **kw: spec.run(**kw, backend="triton"), inputs, dout_dtype=dtype)
+    given = inputs | ({spec.saved: ours[0].detach()} if spec.saved else {})
+    references = [
+        outputs_and_gradients(function, given, dout_dtype=dtype) for function in (spec.reference, *spec.reordered)
+    ]
+    truth = outputs_and_gradients(spec.reference, widen(given), dout_dtype=dtype)
+    for number, (a, c, *b) in enumerate(zip(ours, truth, *references, strict=True)):
+        assert all(a.dtype == r.dtype for r in b)
         assert_as_good(a, b, c, f"{spec.op} {dict(case)} result {number}")

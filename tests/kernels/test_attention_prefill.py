@@ -105,12 +105,28 @@ def test_a_sequence_alone_gives_the_same_bits():
         assert torch.equal(a, b[rows])
 
 
+def _assert_nan_stays(head_dim, dtype, device):
+    """NaN in a sequence, its output gradient too, reaches neither neighbour, forward or backward."""
+    case = {"lens": [20, 20, 20], "H": 2, "K": 2, "D": head_dim, "pass": "both"}
+    inputs = PREFILL.make_inputs(case, device, dtype, 6)
+    qkv = [inputs[name].detach().clone() for name in "qkv"]
+    dout = torch.randn_like(qkv[0])
+    for x in (*qkv, dout):
+        x[20:40] = float("nan")
+    leaves = [x.requires_grad_() for x in qkv]
+    out = attention_prefill(**(inputs | dict(zip("qkv", leaves, strict=True))), backend="triton")
+    for x in (out, *torch.autograd.grad(out, leaves, dout)):
+        assert x[:20].isfinite().all() and x[40:].isfinite().all() and x[20:40].isnan().all()
+
+
 def test_another_sequence_s_nan_stays_there():
-    inputs = PREFILL.make_inputs({"lens": [20, 20, 20], "H": 2, "K": 2, "D": 16}, "cpu", torch.float32, 6)
-    inputs["v"] = inputs["v"].clone()
-    inputs["v"][20:40] = float("nan")
-    out = attention_prefill(**inputs, backend="triton")
-    assert out[:20].isfinite().all() and out[40:].isfinite().all() and out[20:40].isnan().all()
+    _assert_nan_stays(16, torch.float32, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 112, 128])
+def test_another_sequence_s_nan_stays_there_on_the_device(head_dim):
+    _assert_nan_stays(head_dim, torch.bfloat16, "cuda")
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3, 8, 9, 12, 40, 64, 112])
