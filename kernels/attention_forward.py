@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_tiles import LOG2_E, attend, key_limits, load_rows, locate_tile, split_head_dim, store_rows
+from .attention_tiles import LOG2_E, attend, finish_rows, key_limits, locate_tile, split_head_dim, start_rows
 
 
 @triton.jit
@@ -49,25 +49,8 @@ def forward_kernel(
     first = sequence_start.to(tl.int64)
     positions = row + tl.arange(0, BLOCK_M)
     rows_in = positions < length
-    dims0 = tl.arange(0, D0)
-
     q_rows = q + head_id * q_head + (first + positions.to(tl.int64))[:, None] * q_stride
-    q0 = load_rows(q_rows + dims0[None, :], rows_in, dims0, 0, HEAD_DIM, False)
-    acc0 = tl.zeros([BLOCK_M, D0], dtype=tl.float32)
-    q1 = q0
-    q2 = q0
-    acc1 = 0.0
-    acc2 = 0.0
-    if D1 > 0:
-        dims1 = tl.arange(0, D1)
-        q1 = load_rows(q_rows + (D0 + dims1)[None, :], rows_in, dims1, D0, HEAD_DIM, False)
-        acc1 = tl.zeros([BLOCK_M, D1], dtype=tl.float32)
-    if D2 > 0:
-        dims2 = tl.arange(0, D2)
-        q2 = load_rows(q_rows + (D0 + D1 + dims2)[None, :], rows_in, dims2, D0 + D1, HEAD_DIM, False)
-        acc2 = tl.zeros([BLOCK_M, D2], dtype=tl.float32)
-    row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
-    row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    q0, q1, q2, acc0, acc1, acc2, row_sum, row_max = start_rows(q_rows, rows_in, HEAD_DIM, D0, D1, D2)
 
     k_base = k + (head_id // GROUP) * k_head + first * k_stride
     v_base = v + (head_id // GROUP) * v_head + first * v_stride
@@ -96,13 +79,8 @@ def forward_kernel(
         CAUSAL, HAS_ALIBI, HAS_WINDOW, True,
     )  # fmt: skip
 
-    inverse = tl.div_rn(1.0, row_sum)
     out_rows = out + head_id * out_head + (first + positions.to(tl.int64))[:, None] * out_stride
-    store_rows(out_rows, acc0 * inverse[:, None], rows_in, dims0, 0, HEAD_DIM)
-    if D1 > 0:
-        store_rows(out_rows, acc1 * inverse[:, None], rows_in, tl.arange(0, D1), D0, HEAD_DIM)
-    if D2 > 0:
-        store_rows(out_rows, acc2 * inverse[:, None], rows_in, tl.arange(0, D2), D0 + D1, HEAD_DIM)
+    finish_rows(out_rows, acc0, acc1, acc2, tl.div_rn(1.0, row_sum), rows_in, HEAD_DIM, D0, D1, D2)
     log_sum = row_max + tl.math.log2(row_sum)
     if HAS_ALIBI and CAUSAL:
         log_sum -= slope * (positions - last_position).to(tl.float32)

@@ -19,44 +19,7 @@ import triton
 import triton.language as tl
 
 from .attention_forward import schedule, tiles
-from .attention_tiles import LOG2_E, attend, key_limits, load_rows, locate_tile, split_head_dim, store_rows
-
-
-@triton.jit
-def start_rows(q_rows, rows_in, HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
-    """A tile of queries in chunks, and its empty accumulators."""
-    rows: tl.constexpr = rows_in.shape[0]
-    dims0 = tl.arange(0, D0)
-    q0 = load_rows(q_rows + dims0[None, :], rows_in, dims0, 0, HEAD_DIM, False)
-    acc0 = tl.zeros([rows, D0], dtype=tl.float32)
-    q1 = q0
-    q2 = q0
-    acc1 = 0.0
-    acc2 = 0.0
-    if D1 > 0:
-        dims1 = tl.arange(0, D1)
-        q1 = load_rows(q_rows + (D0 + dims1)[None, :], rows_in, dims1, D0, HEAD_DIM, False)
-        acc1 = tl.zeros([rows, D1], dtype=tl.float32)
-    if D2 > 0:
-        dims2 = tl.arange(0, D2)
-        q2 = load_rows(q_rows + (D0 + D1 + dims2)[None, :], rows_in, dims2, D0 + D1, HEAD_DIM, False)
-        acc2 = tl.zeros([rows, D2], dtype=tl.float32)
-    row_sum = tl.zeros([rows], dtype=tl.float32)
-    row_max = tl.full([rows], float("-inf"), dtype=tl.float32)
-    return q0, q1, q2, acc0, acc1, acc2, row_sum, row_max
-
-
-@triton.jit
-def finish_rows(
-    out_rows, acc0, acc1, acc2, factor, rows_in,
-    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-):  # fmt: skip
-    """Stores the accumulators times ``factor`` [rows]."""
-    store_rows(out_rows, acc0 * factor[:, None], rows_in, tl.arange(0, D0), 0, HEAD_DIM)
-    if D1 > 0:
-        store_rows(out_rows, acc1 * factor[:, None], rows_in, tl.arange(0, D1), D0, HEAD_DIM)
-    if D2 > 0:
-        store_rows(out_rows, acc2 * factor[:, None], rows_in, tl.arange(0, D2), D0 + D1, HEAD_DIM)
+from .attention_tiles import LOG2_E, attend, finish_rows, key_limits, locate_tile, split_head_dim, start_rows
 
 
 @triton.jit(do_not_specialize=["table_stride", "num_kv_heads", "num_slots", "first_slot", "window"])
@@ -386,7 +349,7 @@ def chunk_kernel(
 def default_decode_config(head_dim: int, element_bytes: int, target: int = 80, cache_bytes: int = 2) -> dict[str, int]:
     """Decode tiles; SPLIT_KEYS, the keys of one span, is part of the result's rounding and the same on every device."""
     if element_bytes == 4:
-        return {"BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+        return {"BLOCK_N": 32, "num_warps": 4 if head_dim <= 64 else 8, "num_stages": 2}
     if head_dim % 16 or (cache_bytes == 1 and head_dim & (head_dim - 1)):
         return {"BLOCK_N": 64, "num_warps": 4, "num_stages": 1}  # as in default_chunk_config
     if head_dim > 128:

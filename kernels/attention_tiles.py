@@ -121,6 +121,43 @@ def store_rows(base, values, rows_in, dims, offset: tl.constexpr, HEAD_DIM: tl.c
 
 
 @triton.jit
+def start_rows(q_rows, rows_in, HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
+    """A tile of queries in chunks, and its empty accumulators."""
+    rows: tl.constexpr = rows_in.shape[0]
+    dims0 = tl.arange(0, D0)
+    q0 = load_rows(q_rows + dims0[None, :], rows_in, dims0, 0, HEAD_DIM, False)
+    acc0 = tl.zeros([rows, D0], dtype=tl.float32)
+    q1 = q0
+    q2 = q0
+    acc1 = 0.0
+    acc2 = 0.0
+    if D1 > 0:
+        dims1 = tl.arange(0, D1)
+        q1 = load_rows(q_rows + (D0 + dims1)[None, :], rows_in, dims1, D0, HEAD_DIM, False)
+        acc1 = tl.zeros([rows, D1], dtype=tl.float32)
+    if D2 > 0:
+        dims2 = tl.arange(0, D2)
+        q2 = load_rows(q_rows + (D0 + D1 + dims2)[None, :], rows_in, dims2, D0 + D1, HEAD_DIM, False)
+        acc2 = tl.zeros([rows, D2], dtype=tl.float32)
+    row_sum = tl.zeros([rows], dtype=tl.float32)
+    row_max = tl.full([rows], float("-inf"), dtype=tl.float32)
+    return q0, q1, q2, acc0, acc1, acc2, row_sum, row_max
+
+
+@triton.jit
+def finish_rows(
+    out_rows, acc0, acc1, acc2, factor, rows_in,
+    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+):  # fmt: skip
+    """Stores the accumulators times ``factor`` [rows]."""
+    store_rows(out_rows, acc0 * factor[:, None], rows_in, tl.arange(0, D0), 0, HEAD_DIM)
+    if D1 > 0:
+        store_rows(out_rows, acc1 * factor[:, None], rows_in, tl.arange(0, D1), D0, HEAD_DIM)
+    if D2 > 0:
+        store_rows(out_rows, acc2 * factor[:, None], rows_in, tl.arange(0, D2), D0 + D1, HEAD_DIM)
+
+
+@triton.jit
 def dot_into(a, b, acc):
     """acc + a·b (a·b where ``acc`` is None), in place on the matrix units.
 
