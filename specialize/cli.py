@@ -124,6 +124,24 @@ memory_option = click.option(
 adapter_option = click.option("--adapter", type=click.Path(), help="Adapter folder, as PEFT writes it.")
 
 
+def worker_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds --workers and --ray; the command receives ``workers`` and ``ray``, both None where not given."""
+    function = click.option("--ray", metavar="ADDRESS", help="Spread prompts over this Ray cluster.")(function)
+    return click.option(
+        "--workers", type=click.IntRange(1), help="Spread prompts over this many processes, one a GPU, by Ray."
+    )(function)
+
+
+def _spread(common: Common, workers: int | None, ray: str | None) -> Any:
+    """What --workers and --ray ask for, or None; checked before any work."""
+    if workers is None and ray is None:
+        return None
+    from .workers import Spread, require_ray
+
+    require_ray()
+    return Spread(workers=workers, address=ray, threads=common.threads)
+
+
 # runs
 
 
@@ -142,6 +160,7 @@ adapter_option = click.option("--adapter", type=click.Path(), help="Adapter fold
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any recipe setting, such as tune.rank=8.")
 @click.option("--until", default="report", help="Stop after this stage (index, teacher, filter, tune, evaluate, …).")
 @click.option("--redo", is_flag=True, help="Redo the stages that changed settings invalidate.")
+@worker_options
 @common
 def run(common: Common, **options: Any) -> None:
     """Do the whole job, or resume it: index, synthesis, filter, tuning, evaluation, report.
@@ -151,6 +170,7 @@ def run(common: Common, **options: Any) -> None:
       specialize run --model smollm2-135m-instruct --seeds seeds.jsonl --corpus corpus.jsonl --tasks tasks/ --out r1
       specialize run --out r1                        resume, everything as before
       specialize run --out r1 --set tune.epochs=3 --redo
+      specialize run --out r1 --workers 4            prompts answered by four processes, one a GPU where there are any
     """
     found = _open_run(common, **{k: v for k, v in options.items() if k not in ("until", "redo")})
     result = found.execute(until=options["until"], redo=options["redo"])
@@ -158,13 +178,21 @@ def run(common: Common, **options: Any) -> None:
 
 
 def _open_run(
-    common: Common, *, out: Path, recipe: str | None = None, settings: tuple[str, ...] = (), **options: Any
+    common: Common,
+    *,
+    out: Path,
+    recipe: str | None = None,
+    settings: tuple[str, ...] = (),
+    workers: int | None = None,
+    ray: str | None = None,
+    **options: Any,
 ) -> Any:
     """The run in a folder: what the command line says, else what the folder's recipe.yaml remembers."""
     from .pipeline import INPUTS, Run
     from .recipe import override, read_recipe, remembered_inputs
     from .standalone import existing_model
 
+    spread = _spread(common, workers, ray)
     remembered = out / "recipe.yaml"
     chosen, inputs = read_recipe(recipe or (remembered if remembered.is_file() else "small"))
     if recipe and remembered.is_file():
@@ -185,7 +213,7 @@ def _open_run(
             raise InputError(f"--{name} is missing, and {out} is no run that remembers it")
     return Run(
         out, chosen, inputs, reporter=common.prepare().reporter, device=common.device,
-        memory_bytes=options.get("memory_bytes"),
+        memory_bytes=options.get("memory_bytes"), spread=spread,
     )  # fmt: skip
 
 
@@ -349,17 +377,16 @@ def _stage_command(name: str, until: str, what: str) -> None:
     @click.argument("run", type=click.Path(path_type=Path))
     @click.option("--redo", is_flag=True, help="Redo the stages that changed settings invalidate.")
     @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a recipe setting.")
+    @worker_options
     @common
-    def command(common: Common, run: Path, redo: bool, settings: tuple[str, ...]) -> None:
-        _run_stage(common, run, until, redo, settings)
+    def command(common: Common, run: Path, redo: bool, **options: Any) -> None:
+        _run_stage(common, run, until, redo, **options)
 
 
-def _run_stage(
-    common: Common, run: Path, until: str, redo: bool, settings: tuple[str, ...], *, memory_bytes: int | None = None
-) -> None:
+def _run_stage(common: Common, run: Path, until: str, redo: bool, **options: Any) -> None:
     if not (run / "recipe.yaml").is_file():
         raise InputError(f"{run} is no run folder (no recipe.yaml); start one with: specialize run --out {run} …")
-    found = _open_run(common, out=run, settings=settings, memory_bytes=memory_bytes)
+    found = _open_run(common, out=run, **options)
     _show_run(common, run, found.execute(until=until, redo=redo))
 
 
@@ -506,7 +533,7 @@ def tune(common: Common, run: Path | None, redo: bool, settings: tuple[str, ...]
             raise InputError("tune: give a RUN folder, or --model, --data and --out, not both")
         if o["dry_run"]:
             raise InputError("tune: --dry-run goes with --model, not with a RUN folder")
-        _run_stage(common, run, "tune", redo, settings, memory_bytes=_parse_memory(None, None, o["memory"]))
+        _run_stage(common, run, "tune", redo, settings=settings, memory_bytes=_parse_memory(None, None, o["memory"]))
         return
     for name in ("model",) if o["dry_run"] else ("model", "data", "out"):
         if not o[name]:
@@ -607,6 +634,7 @@ def merge(common: Common, model: str, adapter: Path, out: Path) -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="Write eval.json here.")
 @click.option("--redo", is_flag=True, help="Of a RUN: redo the stages that changed settings invalidate.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Of a RUN: change a recipe setting.")
+@worker_options
 @common
 def evaluate(common: Common, run: Path | None, redo: bool, settings: tuple[str, ...], **o: Any) -> None:
     """Score a RUN's systems, or any model with or without an adapter.
@@ -617,7 +645,8 @@ def evaluate(common: Common, run: Path | None, redo: bool, settings: tuple[str, 
       specialize eval --model smollm2-135m-instruct --adapter r1/adapter --tasks tasks/ --shots 0,1,5 --out eval.json
     """
     if run is not None:
-        _run_stage(common, run, "evaluate", redo, settings, memory_bytes=o["memory_bytes"])
+        options = {name: o[name] for name in ("workers", "ray", "memory_bytes")}
+        _run_stage(common, run, "evaluate", redo, settings=settings, **options)
         return
     for name in ("model", "tasks"):
         if not o[name]:
@@ -628,6 +657,7 @@ def evaluate(common: Common, run: Path | None, redo: bool, settings: tuple[str, 
     if o["out"]:
         check_writable(o["out"])
     shots = parse_shots(o["shots"])
+    spread = _spread(common, o["workers"], o["ray"])
     found = evaluate_model(
         existing_model(o["model"], common.reporter),
         o["tasks"],
@@ -642,6 +672,7 @@ def evaluate(common: Common, run: Path | None, redo: bool, settings: tuple[str, 
         seed=o["seed"],
         model_name=o["model"],
         reporter=common.prepare().reporter,
+        spread=spread,
     )
     if o["out"]:
         write_text(o["out"], json.dumps(found, indent=1, ensure_ascii=False))

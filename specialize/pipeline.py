@@ -31,6 +31,7 @@ from .recipe import Recipe, write_recipe
 from .records import Example, file_fingerprint, fingerprint, read_seeds, read_tasks
 from .synthesize import Synthesizer, number_of, run_jobs
 from .tune import encode, encode_rows, epoch_tokens, seed_examples, train, train_config
+from .workers import Spread, WorkerPool
 
 STAGES = ("index", "teacher", "instructions", "responses", "filter", "tune", "control", "evaluate", "report")
 INPUTS = ("model", "seeds", "corpus", "tasks")
@@ -50,7 +51,9 @@ class Run:
         reporter: Reporter | None = None,
         device: str = "auto",
         memory_bytes: int | None = None,
+        spread: Spread | None = None,
     ):
+        """With ``spread`` prompts are answered by workers; training stays in this process."""
         self.folder = folder
         self.recipe = recipe
         self.inputs = dict(inputs)
@@ -70,6 +73,19 @@ class Run:
                     )
         self.prints = {name: file_fingerprint(inputs[name]) for name in INPUTS}
         self._generator: Any = None
+        self._pool = (
+            WorkerPool(
+                inputs["model"],
+                spread,
+                dtype=recipe.dtype,
+                device=device,
+                quantize=recipe.quantize,
+                memory_bytes=memory_bytes,
+                say=self.reporter.say,
+            )  # fmt: skip
+            if spread
+            else None
+        )
         self._adapter_names: dict[str, str] = {}
         self._index: Any = None
 
@@ -212,7 +228,9 @@ class Run:
                     self._do_report()
                 return result
             finally:
-                self._generator = None
+                self._free_generator()
+                if self._pool is not None:
+                    self._pool.close()
 
     def _stage(self, name: str, work: Callable[[int], dict[str, Any]], round: int) -> None:
         """Run one stage unless it is done; the time it took is kept even when it is interrupted."""
@@ -235,11 +253,14 @@ class Run:
 
     @property
     def generator(self) -> Any:
-        """The generator with the base's weights, loaded when first needed."""
+        """The generator with the base's weights, loaded when first needed, or the workers in its place."""
         if self._generator is None:
             from .engine.generator import Generator
             from .engine.scheduler import EngineConfig
 
+            if self._pool is not None:
+                self._generator = self._pool
+                return self._pool
             self.reporter.say(f"loading {self.model_path.name}")
             self._generator = Generator.from_pretrained(
                 self.model_path,
@@ -248,8 +269,12 @@ class Run:
                 config=EngineConfig(memory_bytes=self.memory_bytes),
                 quantize=self.recipe.quantize,
             )
-            self._adapter_names = {}
         return self._generator
+
+    def _free_generator(self) -> None:
+        if self._pool is not None:
+            self._pool.release()
+        self._generator, self._adapter_names = None, {}
 
     def _adapter_name(self, folder: str | None) -> str | None:
         """The name under which the generator knows an adapter folder, loaded when first asked for."""
@@ -338,7 +363,7 @@ class Run:
         from .engine.model import Model
         from .engine.tokenizer import Tokenizer
 
-        self._generator = None  # one copy of the weights at a time
+        self._free_generator()  # one copy of the weights at a time
         tokenizer = Tokenizer.from_pretrained(self.model_path)
         model = load_model(Model, self.model_path, self.recipe.dtype, self.device, self.recipe.quantize)
         rows = encode(tokenizer, examples)

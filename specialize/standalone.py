@@ -7,12 +7,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from .errors import InputError
 from .progress import Reporter
 from .records import file_fingerprint, read_json_lines, read_tasks, read_training_rows
+from .workers import Spread, WorkerPool
 
 
 def existing_model(name: str | Path, reporter: Reporter) -> Path:
@@ -250,19 +252,30 @@ def evaluate_model(
     reporter: Reporter,
     quantize: str | None = None,
     memory_bytes: int | None = None,
+    spread: Spread | None = None,
 ) -> dict[str, Any]:
-    """The content of ``eval.json`` for one model, with or without an adapter."""
+    """The content of ``eval.json`` for one model, with or without an adapter; replies by workers with ``spread``."""
     from .evaluate import System, evaluate
     from .ledger import Ledger
 
     tasks = read_tasks(tasks_path)
     if adapter is not None and not (Path(adapter) / "adapter_model.safetensors").is_file():
         raise InputError(f"adapter: {adapter} holds no adapter_model.safetensors")
-    generator, name = load_generator(
-        model_path, adapter=adapter, dtype=dtype, device=device, quantize=quantize, memory_bytes=memory_bytes
-    )
-    total = sum(len(t.examples[: limit or None]) for t in tasks) * len(shots)
-    with reporter.bar("evaluate", total, "replies") as bar, Ledger(":memory:") as ledger:
+    with ExitStack() as stack:
+        if spread is None:
+            generator, name = load_generator(
+                model_path, adapter=adapter, dtype=dtype, device=device, quantize=quantize, memory_bytes=memory_bytes
+            )
+        else:
+            generator = WorkerPool(
+                model_path, spread, dtype=dtype, device=device, quantize=quantize, memory_bytes=memory_bytes,
+                say=reporter.say,
+            )  # fmt: skip
+            stack.callback(generator.close)
+            name = generator.load_adapter(adapter) if adapter else None
+        total = sum(len(t.examples[: limit or None]) for t in tasks) * len(shots)
+        bar = stack.enter_context(reporter.bar("evaluate", total, "replies"))
+        ledger = stack.enter_context(Ledger(":memory:"))
         report = evaluate(
             generator,
             tasks,
