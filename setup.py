@@ -63,10 +63,12 @@ setup(
             "hypothesis>=6.100",  # property tests
             "transformers>=5,<6",  # independent implementation, oracle only
             "peft>=0.17",  # adapter format oracle
+            "ray>=2.60",  # the workers' tests; a wheel of 75 MB with few dependencies
             "ruff>=0.8",
             "pyright>=1.1.390",
         ],
         "tensorboard": ["tensorboard>=2.15"],  # `specialize tune` writes its events where this is installed
+        "ray": ["ray>=2.60"],  # `--workers` and `--ray`: generation over GPUs and machines
         "flash": ["flash-attn>=2.7"],  # optional attention backend
     },
 )

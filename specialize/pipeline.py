@@ -73,19 +73,12 @@ class Run:
                     )
         self.prints = {name: file_fingerprint(inputs[name]) for name in INPUTS}
         self._generator: Any = None
-        self._pool = (
-            WorkerPool(
-                inputs["model"],
-                spread,
-                dtype=recipe.dtype,
-                device=device,
-                quantize=recipe.quantize,
-                memory_bytes=memory_bytes,
-                say=self.reporter.say,
+        self._pool: WorkerPool | None = None
+        if spread is not None:
+            self._pool = WorkerPool(
+                inputs["model"], spread, dtype=recipe.dtype, device=device, quantize=recipe.quantize,
+                memory_bytes=memory_bytes, say=self.reporter.say,
             )  # fmt: skip
-            if spread
-            else None
-        )
         self._adapter_names: dict[str, str] = {}
         self._index: Any = None
 

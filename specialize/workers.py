@@ -95,12 +95,12 @@ class Worker:
         threads: int,
         share: int,
     ) -> dict[str, Any]:
-        """Load the model. ``share`` workers have the device's memory, or ``memory_bytes`` of it, in common. Returns what
-        the pool must know."""
+        """Load the model. ``share`` workers have the device's memory, or ``memory_bytes`` of it, in common. Returns
+        what the pool must know."""
         import torch
 
         from .engine.generator import Generator
-        from .engine.memory import total_memory_bytes
+        from .engine.memory import available_memory_bytes, total_memory_bytes
         from .engine.scheduler import EngineConfig
 
         if not Path(model).exists():
@@ -108,7 +108,8 @@ class Worker:
         torch.set_num_threads(threads)
         config = None
         if device == "cpu":
-            config = EngineConfig(memory_bytes=int(MEMORY_SHARE * total_memory_bytes("cpu")) // share)
+            fair = int(MEMORY_SHARE * total_memory_bytes("cpu")) // share
+            config = EngineConfig(memory_bytes=min(fair, int(0.9 * available_memory_bytes("cpu"))))
         self._generator = Generator.from_pretrained(model, dtype=dtype, device=device, quantize=quantize, config=config)
         threading.Thread(target=self._work, args=(threads,), daemon=True).start()
         return {
