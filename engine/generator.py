@@ -34,6 +34,7 @@ from .runner import Draws, Runner
 from .sampler import Completion, Request, SamplingParams, stream_key
 from .scheduler import EngineConfig, Scheduler
 from .spans import Span, no_span
+from .speculate import make_drafter
 from .warm_up import warm_up
 from .weights import read_config
 
@@ -49,8 +50,9 @@ class Stats:
     """Sums over a generator's life. ``seconds`` is time spent in steps, host work included; ``warmup_seconds`` went
     before them into compiling kernels, packing weights and recording decode graphs.
 
-    ``dropped_tokens`` were drawn for sequences that had ended one step before. ``shared_decode_tokens`` of the contexts
-    were read with those of another sequence: their prefixes lie in the same pages.
+    ``dropped_tokens`` were drawn for sequences that had ended one step before, or after a wrong draft.
+    ``shared_decode_tokens`` of the contexts were read with those of another sequence: their prefixes lie in the same
+    pages.
     """
 
     requests: int = 0
@@ -60,6 +62,8 @@ class Stats:
     shared_decode_tokens: int = 0
     generated_tokens: int = 0
     dropped_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     computed_tokens: int = 0
     steps: int = 0
     preemptions: int = 0
@@ -105,7 +109,7 @@ class Generator:
         self._graphs = DecodeGraphs(model, self.cache, self.max_context)
         self.stats = Stats()
         self._warm = False
-        self._overlap = on_gpu if config.overlap is None else config.overlap
+        self._overlap = on_gpu and config.speculation == "off" if config.overlap is None else config.overlap
         self._pool = AdapterPool(model)
         self._adapters: dict[str, tuple[int, bytes]] = {}  # name → slot, fingerprint
         end_ids = set(model.config.eos_token_ids) | set(tokenizer.eos_ids if tokenizer else ())
@@ -320,6 +324,7 @@ class Generator:
             max_context=self.max_context,
             end_ids=self._end_ids,
             prefix_cache=self.config.prefix_cache,
+            drafter=make_drafter(self.config.speculation),
         )
         runner = Runner(self.model, self.cache, self._pool, self._graphs, self.max_sequences, self._span)
         outputs = Outputs(scheduler, self.tokenizer, self._end_ids, self.stats, streaming=streaming)
@@ -357,6 +362,8 @@ class Generator:
                     return
         finally:
             self.stats.preemptions += scheduler.num_preemptions
+            self.stats.drafted_tokens += scheduler.num_drafted
+            self.stats.accepted_tokens += scheduler.num_accepted
             scheduler.abort()
 
     def _launch(

@@ -38,8 +38,9 @@ class Sequence:
     page_keys: list[bytes] = field(default_factory=list)
     finish_reason: str | None = None
     num_preemptions: int = 0
-    num_drafted: int = 0
+    num_drafted: int = 0  # tokens, lately; see speculate.py
     num_accepted: int = 0
+    rests_until: int = 0
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from specialize.errors import InputError
 from .pages import PageAllocator, page_key
 from .prefixes import MIN_PREFIX_TOKENS, PrefixGroups, group_by_prefix
 from .rows import UNKNOWN, Chunk, Rows, Sequence, StepPlan
+from .speculate import PromptLookup, make_drafter
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class EngineConfig:
     (on a CPU its resident set, on CUDA torch's pool and the context); num_pages sets the KV cache's size regardless.
     max_context: longest prompt plus output, at most the model's own. prefix_cache: reuse pages of equal prefixes.
     overlap: launch a step before the tokens of the one before it are read (on a GPU, unless said otherwise).
+    speculation: "prompt_lookup" drafts what followed the last tokens where they stood before, "auto" only for sequences
+    whose drafts are mostly kept; the tokens are those of "off". Drafts look at the newest token, so nothing overlaps.
     """
 
     page_size: int = 16
@@ -42,8 +45,12 @@ class EngineConfig:
     max_context: int | None = None
     prefix_cache: bool = True
     overlap: bool | None = None
+    speculation: str = "off"
 
     def __post_init__(self) -> None:
+        make_drafter(self.speculation)
+        if self.overlap and self.speculation != "off":
+            raise InputError("engine: overlap is on and speculation, too; allowed: one of them")
         if self.page_size < 1:
             raise InputError(f"engine: page_size is {self.page_size}; allowed: an integer from 1")
         for name in ("max_batch_tokens", "max_sequences", "num_pages", "memory_bytes", "max_context"):
@@ -69,6 +76,7 @@ class Scheduler:
         max_context: int,
         end_ids: tuple[int, ...] = (),
         prefix_cache: bool = True,
+        drafter: PromptLookup | None = None,
     ) -> None:
         if max_batch_tokens < max_sequences:
             raise ValueError(f"max_batch_tokens {max_batch_tokens} is below max_sequences {max_sequences}")
@@ -80,7 +88,8 @@ class Scheduler:
         self.prefix_cache = prefix_cache
         self.rows = Rows(max_sequences, max_context, allocator.page_size)
         self.end_ids = tuple(sorted(end_ids))
-        self.num_preemptions = 0
+        self.num_preemptions = self.num_drafted = self.num_accepted = 0
+        self._drafter = drafter
         self._num_in_flight = 0  # steps planned whose tokens are not known
         self._num_admitted = 0
         self._free_rows = list(range(max_sequences - 1, -1, -1))
@@ -126,6 +135,8 @@ class Scheduler:
         self._collect_decode_rows()
         budget = self.max_batch_tokens - len(self._decodes)
         chunks: list[Chunk] = []
+        if self._drafter is not None:
+            budget -= self._take_drafts(self._drafter, budget, chunks)
         for sequence in self._prefills:
             if budget <= 0:
                 break
@@ -149,12 +160,16 @@ class Scheduler:
         self._num_in_flight -= 1
         rows, ids, at = self.rows, plan.sampled_rows, plan.sampled_at
         kept = rows.serial[ids] == plan.serials
-        at_end = kept & rows.stop_at_end[ids] & self._is_end(token_ids)
+        ends = rows.stop_at_end[ids] & self._is_end(token_ids)
+        if self._drafter is not None:
+            self._judge_drafts(plan, token_ids, ends, kept)
+        at_end = kept & ends
         done = at_end | (kept & (at + 1 >= rows.max_tokens[ids]))
         if not kept.all():
             ids, at, token_ids = ids[kept], at[kept], token_ids[kept]
         rows.tokens[ids, at] = token_ids
-        rows.num_known[ids] = at + 1
+        rows.num_known[ids] = at + 1  # of several draws for a row, the last one counts
+        rows.num_tokens[ids] = np.maximum(rows.num_tokens[ids], at + 1)
         finished = []
         for i in np.flatnonzero(done).tolist():
             sequence = plan.sampled[i]
@@ -200,31 +215,81 @@ class Scheduler:
 
     def _plan(self, chunks: list[Chunk]) -> StepPlan:
         """Puts decodes and chunks together and counts the tokens that they will bring."""
-        rows, decode_rows, prefixes = self.rows, self._decode_rows, self._prefixes
-        decodes = self._decodes.copy()
-        ending = [c.sequence for c in chunks if c.num_draws]
+        rows, decodes, decode_rows, prefixes = self.rows, self._decodes, self._decode_rows, self._prefixes
+        drafts = [c for c in chunks if c.is_draft]
+        if drafts:
+            others = {c.sequence for c in drafts}
+            decodes, decode_rows, prefixes = self._in_groups([s for s in decodes if s not in others])
+        ending = [c.sequence for c in chunks if c.num_draws == 1]
+        sampled, num_decodes = decodes + [c.sequence for c in drafts for _ in range(c.num_draws)] + ending, len(decodes)
         sampled_rows = decode_rows
-        if ending:
-            sampled_rows = np.concatenate([decode_rows, np.fromiter((s.row for s in ending), np.int64, len(ending))])
-            for sequence in ending:
-                self._prefills.remove(sequence)
-            self._decodes += ending
-            self._dirty = True
+        if len(sampled) > num_decodes:
+            rest = np.fromiter((s.row for s in sampled[num_decodes:]), np.int64, len(sampled) - num_decodes)
+            sampled_rows = np.concatenate([decode_rows, rest])
         sampled_at = rows.num_tokens[sampled_rows]
-        rows.tokens[sampled_rows, sampled_at] = UNKNOWN
-        rows.num_tokens[sampled_rows] = sampled_at + 1
+        first = num_decodes
+        for chunk in drafts:
+            sampled_at[first : first + chunk.num_draws] += np.arange(chunk.num_draws)
+            first += chunk.num_draws
+        single = np.ones(len(sampled), bool)
+        single[num_decodes:first] = False  # how many tokens a draft brings is not known yet
+        rows.tokens[sampled_rows[single], sampled_at[single]] = UNKNOWN
+        rows.num_tokens[sampled_rows[single]] += 1
+        for sequence in ending:
+            self._prefills.remove(sequence)
+        if ending:
+            self._decodes = self._decodes + ending
+            self._dirty = True
         self._num_in_flight += 1
         return StepPlan(
             decodes=decodes,
             decode_rows=decode_rows,
-            decode_at=sampled_at[: len(decodes)] - 1,
+            decode_at=sampled_at[:num_decodes] - 1,
             chunks=chunks,
-            sampled=decodes + ending,
+            sampled=sampled,
             sampled_rows=sampled_rows,
             sampled_at=sampled_at,
             serials=rows.serial[sampled_rows],
             prefixes=prefixes,
         )
+
+    def _take_drafts(self, drafter: PromptLookup, budget: int, chunks: list[Chunk]) -> int:
+        """Chunks of decodes that continue with a draft; returns the tokens that they run beyond the decodes' own."""
+        rows, size, taken = self.rows, self.allocator.page_size, 0
+        for sequence in self._decodes:
+            if sequence.params.repetition_penalty != 1.0:
+                continue  # each draw would have to know which drafts before it were right
+            row = sequence.row
+            length = int(rows.num_tokens[row])
+            room = min(budget - taken, int(rows.max_tokens[row]) - length - 1)
+            draft = drafter.propose(sequence, rows.tokens[row, :length], room)
+            missing = -(-(length + len(draft)) // size) - len(sequence.pages)
+            if missing > 0 and self.allocator.num_available >= missing + len(self._running):
+                self._give_pages(sequence, self.allocator.allocate(missing) or [])
+            draft = draft[: len(sequence.pages) * size - length]
+            if not len(draft):
+                continue
+            stop = length + len(draft)
+            rows.tokens[row, length:stop] = draft
+            chunks.append(Chunk(sequence, length - 1, stop, num_draws=1 + len(draft)))
+            taken += len(draft)
+        return taken
+
+    def _judge_drafts(self, plan: StepPlan, token_ids: np.ndarray, ends: np.ndarray, kept: np.ndarray) -> None:
+        """Drops from ``kept`` what was drawn after a wrong draft or after an end token."""
+        first = len(plan.decodes)
+        for chunk in plan.chunks:
+            if not chunk.is_draft:
+                continue
+            draws = slice(first, first + chunk.num_draws)
+            draft = self.rows.tokens[plan.sampled_rows[first], chunk.start + 1 : chunk.stop]
+            last = (token_ids[draws][:-1] != draft) | ends[draws][:-1]
+            num_kept = int(last.argmax()) + 1 if last.any() else chunk.num_draws
+            kept[first + num_kept : first + chunk.num_draws] = False
+            for counts in (self, chunk.sequence):
+                counts.num_drafted += len(draft)
+                counts.num_accepted += num_kept - 1
+            first += chunk.num_draws
 
     def _is_end(self, token_ids: np.ndarray) -> np.ndarray:
         found = np.zeros(len(token_ids), bool)
@@ -325,9 +390,7 @@ class Scheduler:
                     break
                 page = self.allocator.allocate(1)
             if page is not None:
-                rows.page_table[sequence.row, len(sequence.pages)] = page[0]
-                rows.num_pages[sequence.row] += 1
-                sequence.pages += page
+                self._give_pages(sequence, page)
         if self.prefix_cache:
             self._collect_decode_rows()
             full = rows.num_known[self._decode_rows] // size
@@ -335,25 +398,30 @@ class Scheduler:
                 self._publish_decoded(self._decodes[i], int(full[i]))
         return preempted
 
+    def _give_pages(self, sequence: Sequence, pages: list[int]) -> None:
+        row, count = sequence.row, len(sequence.pages)
+        self.rows.page_table[row, count : count + len(pages)] = pages
+        self.rows.num_pages[row] += len(pages)
+        sequence.pages += pages
+
     def _collect_decode_rows(self) -> None:
-        """After sequences came or went. Decodes that begin with the same pages stand together."""
-        if not self._dirty:
-            return
-        self._dirty = False
-        ids = np.fromiter((s.row for s in self._decodes), np.int64, len(self._decodes))
+        """After sequences came or went."""
+        if self._dirty:
+            self._dirty = False
+            self._decodes, self._decode_rows, self._prefixes = self._in_groups(self._decodes)
+
+    def _in_groups(self, decodes: list[Sequence]) -> tuple[list[Sequence], np.ndarray, PrefixGroups | None]:
+        """Decodes with their rows, those that begin with the same pages side by side."""
+        rows, size, prefixes = self.rows, self.allocator.page_size, None
+        ids = np.fromiter((s.row for s in decodes), np.int64, len(decodes))
         if self.prefix_cache and len(ids) > 1:
-            rows, size = self.rows, self.allocator.page_size
             num_full = (rows.num_known[ids] - 1) // size
-            width = int(num_full.max())
-            order, self._prefixes = group_by_prefix(
-                rows.page_table[ids, :width], num_full, -(-MIN_PREFIX_TOKENS // size)
-            )
-            if self._prefixes is not None:
-                self._decodes = [self._decodes[i] for i in order.tolist()]
+            tables = rows.page_table[ids, : int(num_full.max())]
+            order, prefixes = group_by_prefix(tables, num_full, -(-MIN_PREFIX_TOKENS // size))
+            if prefixes is not None:
+                decodes = [decodes[i] for i in order.tolist()]
                 ids = ids[order]
-        else:
-            self._prefixes = None
-        self._decode_rows = ids
+        return decodes, ids, prefixes
 
     def _publish_decoded(self, sequence: Sequence, num_full: int) -> None:
         """Makes pages of generated tokens findable: all their tokens are known, and run by this step at the latest."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from specialize.engine.model import Model
 from specialize.engine.naive import naive_generate, naive_logits
 from specialize.engine.sampler import Request, SamplingParams
 from specialize.engine.scheduler import EngineConfig
+from specialize.engine.speculate import MODES
 from specialize.engine.tokenizer import Tokenizer
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
@@ -286,6 +288,71 @@ def test_scores_are_the_continuations_logprobs(model, adapter_folders):
             assert score == pytest.approx(expected, abs=1e-4)
     with pytest.raises(InputError, match="pair 0"):
         generator.score([([], [1])])
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_drafts_change_no_token(built, pairs, data):
+    """Greedy and sampled, end tokens, stop strings, log-probabilities, several samples, page shortage."""
+    model = built[data.draw(st.sampled_from(["llama", "mpt", "windowed"]))]
+    rng = random.Random(data.draw(st.integers(0, 999)))
+    page_size = data.draw(st.sampled_from([1, 3, 4, 16]))
+    shortest = -(-CONTEXT // page_size)
+    limits = {
+        "page_size": page_size, "max_sequences": 4, "max_batch_tokens": data.draw(st.integers(4, 60)),
+        "num_pages": data.draw(st.integers(shortest, 3 * shortest)), "prefix_cache": data.draw(st.booleans()),
+    }  # fmt: skip
+    loop = [rng.randrange(256) for _ in range(5)]
+    prompts = [
+        (loop * 8)[: rng.randint(6, 30)] + [rng.randrange(256) for _ in range(rng.randrange(3))] for _ in range(5)
+    ]
+    params = [
+        SamplingParams(
+            max_tokens=rng.randint(1, 30), temperature=rng.choice([0.0, 0.0, 0.05, 0.7]), n=rng.choice([1, 1, 2]),
+            top_p=rng.choice([1.0, 0.9]), logprobs=rng.choice([None, 2]), ignore_eos=rng.random() < 0.5,
+            repetition_penalty=rng.choice([1.0, 1.0, 1.2]),
+        )
+        for _ in prompts
+    ]  # fmt: skip
+    plain = Generator(model, pairs, EngineConfig(**limits))
+    plain._end_ids = tuple(rng.sample(range(256), 9))
+    for done in plain.generate(prompts, params):
+        cut = rng.randrange(len(done.text) - 3) if len(done.text) > 3 else 0
+        if rng.random() < 0.3 and done.text:
+            params[done.request_id] = replace(params[done.request_id], stop=(done.text[cut : cut + 3],))
+    truth = plain.generate(prompts, params)
+    drafting = Generator(model, pairs, EngineConfig(**limits, speculation=data.draw(st.sampled_from(MODES[1:]))))
+    drafting._end_ids = plain._end_ids
+    found = drafting.generate(prompts, params)
+    for one, other in zip(truth, found, strict=True):
+        assert replace(one, logprobs=None) == replace(other, logprobs=None)
+        assert (one.logprobs is None) == (other.logprobs is None)
+        for a, b in zip(one.logprobs or [], other.logprobs or [], strict=True):
+            assert [t for t, _ in a] == [t for t, _ in b]
+            assert [v for _, v in a] == pytest.approx([v for _, v in b], abs=1e-4)
+    assert_all_free(drafting)
+
+
+def test_drafts_save_steps_where_text_repeats():
+    model = Model.random(ModelConfig("llama", 16, 32, 48, 2, 4, num_kv_heads=2, max_context=128), 3, std=0.3)
+    for layer in model.layers:
+        layer.o.weight.zero_()  # the next token follows from the newest alone, so greedy text goes round in circles
+    params = SamplingParams(max_tokens=100, temperature=0, ignore_eos=True)
+    prompts = [[1, 2, 3], [4, 5]]
+    plain, drafting = (Generator(model, None, EngineConfig(speculation=mode)) for mode in ("off", "auto"))
+    truth = [naive_generate(model, prompt, params).token_ids for prompt in prompts]
+    assert [c.token_ids for c in plain.generate(prompts, params)] == truth
+    assert [c.token_ids for c in drafting.generate(prompts, params)] == truth
+    assert drafting.stats.steps < 0.7 * plain.stats.steps
+    assert 0 < drafting.stats.accepted_tokens <= drafting.stats.drafted_tokens
+    assert drafting.stats.generated_tokens == plain.stats.generated_tokens == 200
+
+
+def test_speculation_is_named_rightly_or_not_at_all():
+    with pytest.raises(InputError, match="speculation is 'on'; allowed: off, prompt_lookup, auto"):
+        EngineConfig(speculation="on")
+    with pytest.raises(InputError, match="one of them"):
+        EngineConfig(speculation="auto", overlap=True)
 
 
 def test_requests_are_taken_as_room_appears(model):
