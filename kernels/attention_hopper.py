@@ -98,12 +98,38 @@ def clear_rows(tile, num_present, WIDTH: gl.constexpr):
 
 
 @gluon.jit
+def make_barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """COUNT barriers in shared memory; a phase of each ends with ARRIVALS arrivals."""
+    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(barriers.index(i), count=ARRIVALS)
+    return barriers
+
+
+@gluon.jit
+def store_tile(base, values, stride, first_row, length, HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr):
+    """Stores a [64, WIDTH] tile, rows past the sequence's length and padded dims left out, by 16-byte accesses."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    tile = gl.convert_layout(values.to(base.dtype.element_ty), layout)
+    rows = first_row + gl.arange(0, 64, gl.SliceLayout(1, layout))
+    dims = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
+    gl.store(
+        base + rows.to(gl.int64)[:, None] * stride + dims[None, :],
+        tile,
+        mask=(rows < length)[:, None] & (dims < HEAD_DIM)[None, :],
+    )
+
+
+@gluon.jit
 def produce(
-    q_desc, k_desc, v_desc, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    q_desc, dout_desc, k_desc, v_desc, q_tiles, dout_tiles, k_tiles, v_tiles,
+    q_full, q_empty, k_full, k_empty, v_full, v_empty,
     starts, num_slots, num_programs, num_tiles, num_heads, num_sequences, group_heads,
-    GROUP: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    GROUP: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HAS_DOUT: gl.constexpr,
 ):  # fmt: skip
-    """Copies each tile's queries once and its key and value blocks from the last to the first."""
+    """Copies each tile's queries (HAS_DOUT: and their output gradients) once and its key and value blocks from the
+    last to the first.
+    """
     tiles_done = 0
     blocks_done = 0
     for slot in range(num_slots):
@@ -115,8 +141,11 @@ def produce(
             last_block = (gl.minimum(row + 128, length) - 1) // BLOCK_N
             for half in gl.static_range(2):
                 mbarrier.wait(q_empty.index(half), (tiles_done & 1) ^ 1)
-                mbarrier.expect(q_full.index(half), q_desc.block_type.nbytes)
-                copy_tile(q_desc, [start + row + half * 64, head, 0], q_full.index(half), q_tiles.index(half))
+                coordinates = [start + row + half * 64, head, 0]
+                mbarrier.expect(q_full.index(half), (1 + HAS_DOUT) * q_desc.block_type.nbytes)
+                copy_tile(q_desc, coordinates, q_full.index(half), q_tiles.index(half))
+                if HAS_DOUT:
+                    copy_tile(dout_desc, coordinates, q_full.index(half), dout_tiles.index(half))
             for step in range(last_block + 1):
                 block_row = start + (last_block - step) * BLOCK_N
                 stage = blocks_done % STAGES
@@ -152,7 +181,6 @@ def consume(
     row_layout: gl.constexpr = gl.SliceLayout(1, score_layout)
     column_layout: gl.constexpr = gl.SliceLayout(0, score_layout)
     out_row_layout: gl.constexpr = gl.SliceLayout(1, out_layout)
-    store_layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     element: gl.constexpr = q_tiles.dtype
 
     tiles_done = 0
@@ -264,15 +292,9 @@ def consume(
             )
             first_row = row + half * 64
             acc = acc * gl.convert_layout(1.0 / row_sum, out_row_layout)[:, None]
-            result = gl.convert_layout(acc.to(element), store_layout)
-            store_rows = first_row + gl.arange(0, 64, gl.SliceLayout(1, store_layout))
-            dims = gl.arange(0, WIDTH, gl.SliceLayout(0, store_layout))
             token = start.to(gl.int64)
             base = out + token * out_stride + head.to(gl.int64) * out_head
-            gl.store(
-                base + store_rows.to(gl.int64)[:, None] * out_stride + dims[None, :], result,
-                mask=(store_rows < length)[:, None] & (dims < HEAD_DIM)[None, :],
-            )  # fmt: skip
+            store_tile(base, acc, out_stride, first_row, length, HEAD_DIM, WIDTH)
             log_sum = row_max + gl.log2(row_sum)
             if HAS_ALIBI:
                 log_sum -= slope * (rows - reference).to(gl.float32)
@@ -295,20 +317,12 @@ def hopper_forward_kernel(
     column_layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     column_ids = gl.allocate_shared_memory(gl.float32, [BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     column_ids.store(gl.arange(0, BLOCK_N, column_layout).to(gl.float32))
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
-        mbarrier.init(q_full.index(i), count=1)
-        mbarrier.init(q_empty.index(i), count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(v_empty.index(i), count=2)
+    q_full = make_barriers(2, 1)
+    q_empty = make_barriers(2, 1)
+    k_full = make_barriers(STAGES, 1)
+    k_empty = make_barriers(STAGES, 2)
+    v_full = make_barriers(STAGES, 1)
+    v_empty = make_barriers(STAGES, 2)
     num_programs = gl.num_programs(0)
     gl.warp_specialize(
         [
@@ -325,10 +339,10 @@ def hopper_forward_kernel(
                 HEAD_DIM, WIDTH, BLOCK_N, STAGES, HAS_ALIBI,
             )),
             (produce, (
-                q_desc, k_desc, v_desc, q_tiles, k_tiles, v_tiles,
+                q_desc, q_desc, k_desc, v_desc, q_tiles, q_tiles, k_tiles, v_tiles,
                 q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 starts, num_slots, num_programs, num_tiles, num_heads, num_sequences, group_heads,
-                GROUP, BLOCK_N, STAGES,
+                GROUP, BLOCK_N, STAGES, False,
             )),
         ],
         [4, 1],

@@ -22,22 +22,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .attention_backward import launch_delta
 from .attention_forward import heads_per_group
-from .attention_hopper import clear_rows, copy_tile, find_tile, make_descriptor
+from .attention_hopper import clear_rows, copy_tile, find_tile, make_barriers, make_descriptor, produce, store_tile
 from .attention_tiles import LOG2_E
-
-
-@gluon.jit
-def store_tile(base, values, stride, first_row, length, HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr):
-    """Stores a [64, WIDTH] tile, rows past the sequence's length and padded dims left out, by 16-byte accesses."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    tile = gl.convert_layout(values.to(base.dtype.element_ty), layout)
-    rows = first_row + gl.arange(0, 64, gl.SliceLayout(1, layout))
-    dims = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
-    gl.store(
-        base + rows.to(gl.int64)[:, None] * stride + dims[None, :],
-        tile,
-        mask=(rows < length)[:, None] & (dims < HEAD_DIM)[None, :],
-    )
 
 
 @gluon.jit
@@ -207,16 +193,10 @@ def hopper_key_gradient_kernel(
     flat_layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     column_ids = gl.allocate_shared_memory(gl.float32, [BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     column_ids.store(gl.arange(0, BLOCK_M, flat_layout).to(gl.float32))
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    kv_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    kv_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
-        mbarrier.init(kv_full.index(i), count=1)
-        mbarrier.init(kv_empty.index(i), count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=2)  # the copies, and the statistics
-        mbarrier.init(empty.index(i), count=2)  # both consumers
+    full = make_barriers(STAGES, 2)  # the copies, and the statistics
+    empty = make_barriers(STAGES, 2)  # both consumers
+    kv_full = make_barriers(2, 1)
+    kv_empty = make_barriers(2, 1)
     num_programs = gl.num_programs(0)
     gl.warp_specialize(
         [
@@ -242,45 +222,6 @@ def hopper_key_gradient_kernel(
         [4, 1],
         [CONSUMER_REGISTERS, 24],
     )  # fmt: skip
-
-
-@gluon.jit
-def produce_keys(
-    q_desc, dout_desc, k_desc, v_desc, q_tiles, dout_tiles, k_tiles, v_tiles,
-    q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    starts, num_slots, num_programs, num_tiles, num_heads, num_sequences, group_heads,
-    GROUP: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """For query_gradient_kernel: a tile's queries and dout once, then its key and value blocks from the last to
-    the first.
-    """
-    tiles_done = 0
-    blocks_done = 0
-    for slot in range(num_slots):
-        start, length, row, head = find_tile(
-            starts, slot, num_programs, num_tiles, num_heads, num_sequences, group_heads, 128, True
-        )
-        if row < length:
-            for half in gl.static_range(2):
-                mbarrier.wait(q_empty.index(half), (tiles_done & 1) ^ 1)
-                mbarrier.expect(q_full.index(half), 2 * q_desc.block_type.nbytes)
-                coordinates = [start + row + half * 64, head, 0]
-                copy_tile(q_desc, coordinates, q_full.index(half), q_tiles.index(half))
-                copy_tile(dout_desc, coordinates, q_full.index(half), dout_tiles.index(half))
-            kv_head = head // GROUP
-            last_block = (gl.minimum(row + 128, length) - 1) // BLOCK_N
-            for step in range(last_block + 1):
-                block_row = start + (last_block - step) * BLOCK_N
-                stage = blocks_done % STAGES
-                phase = ((blocks_done // STAGES) & 1) ^ 1
-                mbarrier.wait(k_empty.index(stage), phase)
-                mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-                copy_tile(k_desc, [block_row, kv_head, 0], k_full.index(stage), k_tiles.index(stage))
-                mbarrier.wait(v_empty.index(stage), phase)
-                mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-                copy_tile(v_desc, [block_row, kv_head, 0], v_full.index(stage), v_tiles.index(stage))
-                blocks_done += 1
-            tiles_done += 1
 
 
 @gluon.jit
@@ -393,20 +334,12 @@ def hopper_query_gradient_kernel(
     column_ids = gl.allocate_shared_memory(gl.float32, [BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     column_ids.store(gl.arange(0, BLOCK_N, flat_layout).to(gl.float32))
     biases = gl.allocate_shared_memory(gl.float32, [2, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
-        mbarrier.init(q_full.index(i), count=1)
-        mbarrier.init(q_empty.index(i), count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(v_empty.index(i), count=2)
+    q_full = make_barriers(2, 1)
+    q_empty = make_barriers(2, 1)
+    k_full = make_barriers(STAGES, 1)
+    k_empty = make_barriers(STAGES, 2)
+    v_full = make_barriers(STAGES, 1)
+    v_empty = make_barriers(STAGES, 2)
     num_programs = gl.num_programs(0)
     gl.warp_specialize(
         [
@@ -424,11 +357,11 @@ def hopper_query_gradient_kernel(
                 num_slots, num_programs, num_tiles, num_heads, num_sequences, group_heads,
                 HEAD_DIM, WIDTH, BLOCK_N, STAGES, HAS_ALIBI,
             )),
-            (produce_keys, (
+            (produce, (
                 q_desc, dout_desc, k_desc, v_desc, q_tiles, dout_tiles, k_tiles, v_tiles,
                 q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 starts, num_slots, num_programs, num_tiles, num_heads, num_sequences, group_heads,
-                GROUP, BLOCK_N, STAGES,
+                GROUP, BLOCK_N, STAGES, True,
             )),
         ],
         [4, 1],

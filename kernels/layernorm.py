@@ -9,15 +9,17 @@ pass. Source: Ba, Kiros & Hinton, "Layer Normalization" (2016).
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from . import cpu_rows
-from .dispatch import bad_argument, choose_backend, tl, triton
+from .dispatch import choose_backend, tl, triton
+from .norms import backward_config, check_norm, forward_config, make_norm_inputs, norm_bytes, norm_tuning
 from .rows import as_rows, check_triton_operands, needs_grad, num_reduction_programs
-from .spec import Case, CompileCase, KernelSpec
+from .spec import CompileCase, KernelSpec
 from .tuning import tuned_config
 
 
@@ -148,17 +150,6 @@ def layernorm_backward_kernel(
         tl.store(dbias_parts + part, tl.sum(db, axis=0), mask=tl.arange(0, BLOCK) < num_channels)
 
 
-def _forward_config(block: int) -> dict[str, int]:
-    return {"rows": max(1, min(8, 2048 // block)), "num_warps": 4 if block <= 4096 else 8}
-
-
-def _backward_config(block: int, sums: bool) -> dict[str, int]:
-    """``sums``: the weights' gradients are wanted, too, and their partial sums take registers."""
-    if sums:
-        return {"rows": 1, "num_warps": max(4, min(16, block // 512))}
-    return {"rows": 1, "num_warps": 1} if block <= 1024 else {"rows": 2, "num_warps": min(16, block // 512)}
-
-
 def _launch_forward(x, weight, bias, eps, residual):
     shape = x.shape
     y = torch.empty(shape, dtype=x.dtype, device=x.device)
@@ -167,7 +158,7 @@ def _launch_forward(x, weight, bias, eps, residual):
     added, _, added_inner, added_outer_stride, added_inner_stride = as_rows(x if residual is None else residual)
     if num_rows:
         block = triton.next_power_of_2(shape[-1])
-        config = tuned_config("layernorm", f"forward {block}", _forward_config(block))
+        config = tuned_config("layernorm", f"forward {block}", forward_config(block))
         weight = weight.contiguous()
         layernorm_forward_kernel[(triton.cdiv(num_rows, config["rows"]),)](
             x, added, weight, weight if bias is None else bias.contiguous(), y, h, num_rows, shape[-1],
@@ -184,7 +175,7 @@ def _launch_backward(dy, dh, h, weight, eps, want_dweight, want_dbias):
     block = triton.next_power_of_2(num_channels)
     sums = want_dweight or want_dbias
     name = "backward sums" if sums else "backward"
-    config = tuned_config("layernorm", f"{name} {block}", _backward_config(block, sums))
+    config = tuned_config("layernorm", f"{name} {block}", backward_config(block, sums))
     h, num_rows, inner, outer_stride, inner_stride = as_rows(h)
     num_blocks = triton.cdiv(num_rows, config["rows"])
     num_programs = num_reduction_programs(h, num_blocks) if want_dweight or want_dbias else num_blocks
@@ -240,14 +231,7 @@ def layernorm(
     With ``residual`` (same shape as x) returns ``(y, x + residual)``, else ``y``. Differentiable.
     Raises ValueError where shapes, dtypes or devices do not fit.
     """
-    if x.dim() < 2 or weight.dim() != 1 or x.shape[-1] != weight.shape[0]:
-        given = f"of shape {tuple(weight.shape)}"
-        raise bad_argument("layernorm", "weight", given, f"[C] for x [..., C]; x is {tuple(x.shape)}")
-    if bias is not None and bias.shape != weight.shape:
-        raise bad_argument("layernorm", "bias", f"of shape {tuple(bias.shape)}", f"{tuple(weight.shape)}")
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        given = f"{residual.dtype} of shape {tuple(residual.shape)}"
-        raise bad_argument("layernorm", "residual", given, f"as x: {x.dtype} {tuple(x.shape)}")
+    check_norm("layernorm", x, weight, bias, residual)
     chosen = choose_backend(
         "layernorm", x, backend, ("torch", "triton", "cpp"), cpu_rows.default_backend(x, weight, bias)
     )
@@ -262,38 +246,13 @@ def layernorm(
     return y if residual is None else (y, h)
 
 
-def _make_inputs(case: Case, device: str, dtype: torch.dtype, seed: int) -> dict[str, Any]:
-    generator = torch.Generator(device).manual_seed(seed)
-    shape = (case["T"], case["C"])
-    inputs: dict[str, Any] = {
-        "x": torch.randn(shape, generator=generator, device=device).to(dtype),
-        "weight": (1 + 0.1 * torch.randn(case["C"], generator=generator, device=device)).to(dtype),
-        "bias": (0.1 * torch.randn(case["C"], generator=generator, device=device)).to(dtype)
-        if case.get("bias")
-        else None,
-        "eps": 1e-5,
-    }
-    if case.get("residual", True):
-        inputs["residual"] = torch.randn(shape, generator=generator, device=device).to(dtype)
-    if case.get("pass", "forward") != "forward":
-        for name in ("x", "residual", *(("weight", "bias") if case.get("train_weight") else ())):
-            if inputs.get(name) is not None:
-                inputs[name].requires_grad_()
-    return inputs
-
-
-def _bytes(case: Case) -> int:
-    tensors = {"forward": 2 + 2 * case.get("residual", True), "backward": 3 + case.get("residual", True)}
-    return tensors[case.get("pass", "forward")] * case["T"] * case["C"] * 2
-
-
 def _compile_cases(target: int) -> list[CompileCase]:
     cases = []
     for channels in (576, 4096, 7168, 8192):
         block = triton.next_power_of_2(channels)
         integers = dict.fromkeys(("num_rows", "num_channels", "x_inner", "x_outer_stride", "x_inner_stride"), "i32")
         integers |= dict.fromkeys(("residual_inner", "residual_outer_stride", "residual_inner_stride"), "i32")
-        config = tuned_config("layernorm", f"forward {block}", _forward_config(block))
+        config = tuned_config("layernorm", f"forward {block}", forward_config(block))
         cases.append(
             CompileCase(
                 f"forward C={channels}",
@@ -306,7 +265,7 @@ def _compile_cases(target: int) -> list[CompileCase]:
         )
         for sums in (False, True):
             name = "backward sums" if sums else "backward"
-            config = tuned_config("layernorm", f"{name} {block}", _backward_config(block, sums))
+            config = tuned_config("layernorm", f"{name} {block}", backward_config(block, sums))
             cases.append(
                 CompileCase(
                     f"{name} C={channels}",
@@ -333,20 +292,11 @@ def _compile_cases(target: int) -> list[CompileCase]:
     return cases
 
 
-def _tuning(case: Case) -> tuple[str, list[dict[str, int]]]:
-    block = triton.next_power_of_2(case["C"])
-    rows = [r for r in (1, 2, 4, 8, 16) if r * block <= 16384]
-    warps = (1, 2, 4, 8, 16)
-    return f"{case.get('pass', 'forward')} {block}", [
-        {"rows": r, "num_warps": w} for r in rows for w in warps if 8 <= r * block // (32 * w) <= 64
-    ]
-
-
 SPEC = KernelSpec(
     op="layernorm",
     run=layernorm,
     reference=layernorm_reference,
-    make_inputs=_make_inputs,
+    make_inputs=functools.partial(make_norm_inputs, takes_bias=True),
     test_cases=tuple(
         {"T": t, "C": c, "residual": r, "bias": b}
         for t, c, r, b in (
@@ -364,9 +314,9 @@ SPEC = KernelSpec(
         {"model": "MPT-30B", "T": 8192, "C": 7168, "pass": "backward", "check_at": {"T": 1111}},
         {"model": "MPT-7B decode", "T": 64, "C": 4096},
     ),
-    bytes=_bytes,
+    bytes=norm_bytes,
     flops=lambda case: 10 * case["T"] * case["C"],
     compile_cases=_compile_cases,
     peers={"torch": lambda **inputs: layernorm(**inputs, backend="torch")},
-    tuning=_tuning,
+    tuning=norm_tuning,
 )

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from . import cpu_rows
-from .dispatch import bad_argument, choose_backend, tl, triton
+from .dispatch import choose_backend, tl, triton
+from .norms import backward_config, check_norm, forward_config, make_norm_inputs, norm_bytes, norm_tuning
 from .rows import as_rows, check_triton_operands, needs_grad, num_reduction_programs
-from .spec import Case, CompileCase, KernelSpec
+from .spec import CompileCase, KernelSpec
 from .tuning import tuned_config
 
 
@@ -121,17 +122,6 @@ def rmsnorm_backward_kernel(
         tl.store(dweight_parts + part, tl.sum(dw, axis=0), mask=tl.arange(0, BLOCK) < num_channels)
 
 
-def _forward_config(block: int) -> dict[str, int]:
-    return {"rows": max(1, min(8, 2048 // block)), "num_warps": 4 if block <= 4096 else 8}
-
-
-def _backward_config(block: int, sums: bool) -> dict[str, int]:
-    """``sums``: the weights' gradients are wanted, too, and their partial sums take registers."""
-    if sums:
-        return {"rows": 1, "num_warps": max(4, min(16, block // 512))}
-    return {"rows": 1, "num_warps": 1} if block <= 1024 else {"rows": 2, "num_warps": min(16, block // 512)}
-
-
 def _launch_forward(x, weight, eps, residual):
     shape = x.shape
     y = torch.empty(shape, dtype=x.dtype, device=x.device)
@@ -140,7 +130,7 @@ def _launch_forward(x, weight, eps, residual):
     added, _, added_inner, added_outer_stride, added_inner_stride = as_rows(x if residual is None else residual)
     if num_rows:
         block = triton.next_power_of_2(shape[-1])
-        config = tuned_config("rmsnorm", f"forward {block}", _forward_config(block))
+        config = tuned_config("rmsnorm", f"forward {block}", forward_config(block))
         rmsnorm_forward_kernel[(triton.cdiv(num_rows, config["rows"]),)](
             x, added, weight.contiguous(), y, h, num_rows, shape[-1], inner, outer_stride, inner_stride,
             added_inner, added_outer_stride, added_inner_stride, eps,
@@ -154,7 +144,7 @@ def _launch_backward(dy, dh, h, weight, eps, want_dweight):
     num_channels = h.shape[-1]
     block = triton.next_power_of_2(num_channels)
     name = "backward sums" if want_dweight else "backward"
-    config = tuned_config("rmsnorm", f"{name} {block}", _backward_config(block, want_dweight))
+    config = tuned_config("rmsnorm", f"{name} {block}", backward_config(block, want_dweight))
     h, num_rows, inner, outer_stride, inner_stride = as_rows(h)
     num_blocks = triton.cdiv(num_rows, config["rows"])
     num_programs = num_reduction_programs(h, num_blocks) if want_dweight else num_blocks
@@ -201,12 +191,7 @@ def rmsnorm(
     With ``residual`` (same shape as x) returns ``(y, x + residual)``, else ``y``. Differentiable.
     Raises ValueError where shapes, dtypes or devices do not fit.
     """
-    if x.dim() < 2 or weight.dim() != 1 or x.shape[-1] != weight.shape[0]:
-        given = f"of shape {tuple(weight.shape)}"
-        raise bad_argument("rmsnorm", "weight", given, f"[C] for x [..., C]; x is {tuple(x.shape)}")
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        given = f"{residual.dtype} of shape {tuple(residual.shape)}"
-        raise bad_argument("rmsnorm", "residual", given, f"as x: {x.dtype} {tuple(x.shape)}")
+    check_norm("rmsnorm", x, weight, None, residual)
     chosen = choose_backend("rmsnorm", x, backend, ("torch", "triton", "cpp"), cpu_rows.default_backend(x, weight))
     if chosen == "torch":
         return _rmsnorm_torch(x, weight, eps, residual)
@@ -219,35 +204,13 @@ def rmsnorm(
     return y if residual is None else (y, h)
 
 
-def _make_inputs(case: Case, device: str, dtype: torch.dtype, seed: int) -> dict[str, Any]:
-    generator = torch.Generator(device).manual_seed(seed)
-    shape = (case["T"], *((case["N"],) if "N" in case else ()), case["C"])
-    inputs: dict[str, Any] = {
-        "x": torch.randn(shape, generator=generator, device=device).to(dtype),
-        "weight": (1 + 0.1 * torch.randn(case["C"], generator=generator, device=device)).to(dtype),
-        "eps": 1e-5,
-    }
-    if case.get("residual", True):
-        inputs["residual"] = torch.randn(shape, generator=generator, device=device).to(dtype)
-    if case.get("pass", "forward") != "forward":
-        for name in ("x", "residual", *(("weight",) if case.get("train_weight") else ())):
-            if name in inputs:
-                inputs[name].requires_grad_()
-    return inputs
-
-
-def _bytes(case: Case) -> int:
-    tensors = {"forward": 2 + 2 * case.get("residual", True), "backward": 3 + case.get("residual", True)}
-    return tensors[case.get("pass", "forward")] * case["T"] * case.get("N", 1) * case["C"] * 2
-
-
 def _compile_cases(target: int) -> list[CompileCase]:
     cases = []
     for channels in (64, 576, 4096, 8192):
         block = triton.next_power_of_2(channels)
         integers = dict.fromkeys(("num_rows", "num_channels", "x_inner", "x_outer_stride", "x_inner_stride"), "i32")
         integers |= dict.fromkeys(("residual_inner", "residual_outer_stride", "residual_inner_stride"), "i32")
-        config = tuned_config("rmsnorm", f"forward {block}", _forward_config(block))
+        config = tuned_config("rmsnorm", f"forward {block}", forward_config(block))
         cases.append(
             CompileCase(
                 f"forward C={channels}",
@@ -260,7 +223,7 @@ def _compile_cases(target: int) -> list[CompileCase]:
         )
         for sums in (False, True):
             name = "backward sums" if sums else "backward"
-            config = tuned_config("rmsnorm", f"{name} {block}", _backward_config(block, sums))
+            config = tuned_config("rmsnorm", f"{name} {block}", backward_config(block, sums))
             integers = dict.fromkeys(("num_rows", "num_channels", "h_inner", "h_outer_stride", "h_inner_stride"), "i32")
             cases.append(
                 CompileCase(
@@ -280,19 +243,11 @@ def _compile_cases(target: int) -> list[CompileCase]:
     return cases
 
 
-def _tuning(case: Case) -> tuple[str, list[dict[str, int]]]:
-    block = triton.next_power_of_2(case["C"])
-    rows = [r for r in (1, 2, 4, 8, 16, 32) if r * block <= 16384]
-    return f"{case.get('pass', 'forward')} {block}", [
-        {"rows": r, "num_warps": w} for r in rows for w in (1, 2, 4, 8, 16) if 8 <= r * block // (32 * w) <= 64
-    ]
-
-
 SPEC = KernelSpec(
     op="rmsnorm",
     run=rmsnorm,
     reference=rmsnorm_reference,
-    make_inputs=_make_inputs,
+    make_inputs=make_norm_inputs,
     test_cases=(
         {"T": 1, "C": 1, "residual": True},
         {"T": 7, "C": 64, "residual": True},
@@ -309,9 +264,9 @@ SPEC = KernelSpec(
         {"model": "Qwen3-8B heads", "T": 8192, "N": 32, "C": 128, "residual": False, "check_at": {"T": 1111}},
         {"model": "Llama-8B decode", "T": 64, "C": 4096},
     ),
-    bytes=_bytes,
+    bytes=norm_bytes,
     flops=lambda case: 8 * case["T"] * case.get("N", 1) * case["C"],
     compile_cases=_compile_cases,
     peers={"torch": lambda **inputs: rmsnorm(**inputs, backend="torch")},
-    tuning=_tuning,
+    tuning=norm_tuning,
 )
