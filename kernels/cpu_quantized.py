@@ -132,6 +132,10 @@ class PackedQuantized:
         library.quantized_linear_pack(
             self._kind, values.data_ptr(), stride, self._num_out, self._num_in, gated, self._packed, cpu.num_threads()
         )
+        # A decode step makes hundreds of small calls: what they have in common is looked up once.
+        held = (_table("nf4"), self._absmax, self._scales, self._bias)
+        self._operands = (self._packed, *(None if tensor is None else tensor.data_ptr() for tensor in held))
+        self._run = library.quantized_linear
 
     def __del__(self) -> None:
         if getattr(self, "_packed", None):
@@ -146,11 +150,9 @@ class PackedQuantized:
         rows = x.shape[0]
         out = torch.empty(rows, self._num_out // 2 if self._gated else self._num_out, dtype=torch.bfloat16)
         if rows:
-            absmax = None if self._absmax is None else self._absmax.data_ptr()
-            _library().quantized_linear(
-                self._kind, x.data_ptr(), x.stride(0), self._packed, _table("nf4").data_ptr(), absmax,
-                self._scales.data_ptr(), self._bias.data_ptr(), out.data_ptr(), rows, self._num_out, self._num_in,
-                self._gated, self._terms, cpu.num_threads(),
+            self._run(
+                self._kind, x.data_ptr(), x.stride(0), *self._operands, out.data_ptr(), rows, self._num_out,
+                self._num_in, self._gated, self._terms, cpu.num_threads(),
             )  # fmt: skip
         return out
 

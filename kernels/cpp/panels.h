@@ -8,7 +8,7 @@
 
 #include "vectors.h"
 
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -56,6 +56,16 @@ struct Scratch {
     }
 };
 
+// x / d for d >= 1: by the reciprocal's first 14 bits and one Newton step, which leaves far more than bf16 keeps.
+static inline vec quotient(vec x, vec d) {
+#ifdef __AVX512F__
+    const vec guess = (vec)_mm512_rcp14_ps((__m512)d);
+    return x * (guess * (2.0f - d * guess));
+#else
+    return x / d;
+#endif
+}
+
 // Both halves of a panel's row, rounded to nearest even (subnormal sums become zero where the CPU rounds by itself).
 static inline void round32(bf16* to, vec low, vec high) {
 #ifdef __AVX512BF16__
@@ -72,7 +82,15 @@ static inline void write_panel_row(bf16* to, vec low, vec high, int64_t width, b
         alignas(64) bf16 sums[32];
         round32(sums, low, high);
         low = load16(sums), high = load16(sums + 16);
-        store_upto16(to, low / (1.0f + exp16(max16(low, splat(-87.0f)) * -1.0f)) * high, width);
+        const vec gate = quotient(low, 1.0f + exp16(max16(low, splat(-87.0f)) * -1.0f)) * high;
+#ifdef __AVX512BF16__
+        if (width == 16) {
+            __m256bh halves_of = _mm512_cvtneps_pbh((__m512)gate);
+            std::memcpy(to, &halves_of, 32);
+            return;
+        }
+#endif
+        store_upto16(to, gate, width);
     } else if (width == PANEL) {
         round32(to, low, high);
     } else {

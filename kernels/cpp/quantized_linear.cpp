@@ -3,7 +3,8 @@
 // int8: x becomes integers row by row, x = s (256 h + l) with h and l in 8 bits and s = max|x| / 32512 (or h alone with
 // s = max|x| / 127), the integer tiles multiply, and sums are exact up to the final scaling. fp8 and NF4 are turned into
 // bf16 tiles on the way, as dequantising would round them.
-// W lies in panels of 32 outputs (panels.h) in the order in which tiles take it; per panel come 32 scales (NF4: one per
+// Both operands lie in the order in which tiles take them: x is written anew as tiles of 16 rows, which costs little and spares
+// the many rows' worth of scattered loads; W in panels of 32 outputs (panels.h). Per panel come 32 scales (NF4: one per
 // block of 64 inputs) and 32 biases. Sums run over K in one order: a row's result does not depend on the other rows nor on the
 // number of threads.
 
@@ -33,8 +34,9 @@ inline void store_sums(T* sums) {
     _tile_stored(3, sums + 16 * PANEL + 16, PANEL * 4);
 }
 
-// One row of x in 8-bit terms. Magnitudes of bf16 are ordered as their bits are.
-void quantize_row(const bf16* x, int64_t num_in, int64_t depth, int terms, int8_t* high, int8_t* low, float* scale) {
+// One row of x in 8-bit terms, 64 of each in every chunk of `step` bytes from `high` and `low` on. Magnitudes of bf16 are ordered
+// as their bits are.
+void quantize_row(const bf16* x, int64_t num_in, int64_t depth, int terms, int8_t* high, int8_t* low, int64_t step, float* scale) {
     __m512i largest = _mm512_setzero_si512();
     const __m512i magnitude = _mm512_set1_epi16(0x7fff);
     for (int64_t k = 0; k < num_in; k += 32) {
@@ -48,8 +50,10 @@ void quantize_row(const bf16* x, int64_t num_in, int64_t depth, int terms, int8_
     const float top = bits_to_float(uint32_t(top_bits) << 16), limit = terms == 2 ? 32512.0f : 127.0f;
     if (top < 1e-30f) {
         *scale = 0.0f;
-        std::memset(high, 0, depth);
-        if (terms == 2) std::memset(low, 0, depth);
+        for (int64_t c = 0; c < depth / 64; c++) {
+            std::memset(high + c * step, 0, 64);
+            if (terms == 2) std::memset(low + c * step, 0, 64);
+        }
         return;
     }
     *scale = top / limit;
@@ -59,11 +63,12 @@ void quantize_row(const bf16* x, int64_t num_in, int64_t depth, int terms, int8_
         const __mmask16 inside = left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
         __m512i bits = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(inside, x + k)), 16);
         __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_castsi512_ps(bits), inverse));
+        const int64_t at = k / 64 * step + k % 64;
         if (terms == 2) {
-            _mm_storeu_si128((__m128i*)(low + k), _mm512_cvtepi32_epi8(q));
+            _mm_storeu_si128((__m128i*)(low + at), _mm512_cvtepi32_epi8(q));
             q = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);
         }
-        _mm_storeu_si128((__m128i*)(high + k), _mm512_cvtepi32_epi8(q));
+        _mm_storeu_si128((__m128i*)(high + at), _mm512_cvtepi32_epi8(q));
     }
 }
 
@@ -77,10 +82,10 @@ void linear_int8(const bf16* x, int64_t stride, const char* packed, const float*
                  int64_t rows, int64_t num_out, int64_t num_in, bool gated, int terms, int threads) {
     const int64_t depth = round_up(num_in, 64), chunks = depth / 64, padded_rows = round_up(rows, 32);
     const int64_t units = gated ? num_out / 2 : num_out, step = gated ? 16 : PANEL, panels = num_panels(num_out, gated);
-    const int64_t plane = padded_rows * depth, block_rows = terms == 2 ? 16 : 32;
+    const int64_t block_rows = terms == 2 ? 16 : 32, chunk_step = terms * TILE_BYTES, tile_row = chunks * chunk_step;
     static thread_local Scratch scratch;
-    int8_t* values = reinterpret_cast<int8_t*>(scratch.get(terms * plane + padded_rows * 4));
-    float* row_scales = reinterpret_cast<float*>(values + terms * plane);
+    int8_t* values = reinterpret_cast<int8_t*>(scratch.get(terms * padded_rows * depth + padded_rows * 4));
+    float* row_scales = reinterpret_cast<float*>(values + terms * padded_rows * depth);
     const int64_t slab = round_up(SLAB_BYTES / (depth * terms) + 1, 32);
 #pragma omp parallel num_threads(threads)
     {
@@ -88,10 +93,9 @@ void linear_int8(const bf16* x, int64_t stride, const char* packed, const float*
         alignas(64) int32_t sums[32 * PANEL];
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < padded_rows; r++) {
-            if (r < rows)
-                quantize_row(x + r * stride, num_in, depth, terms, values + r * depth, values + plane + r * depth, row_scales + r);
-            else
-                for (int t = 0; t < terms; t++) std::memset(values + t * plane + r * depth, 0, depth);
+            // Rows beyond the last repeat it; their sums are not written.
+            int8_t* to = values + r / 16 * tile_row + r % 16 * 64;
+            quantize_row(x + (r < rows ? r : rows - 1) * stride, num_in, depth, terms, to, to + TILE_BYTES, chunk_step, row_scales + r);
         }
         for (int64_t begin = 0; begin < rows; begin += slab) {
             const int64_t end = begin + slab < rows ? begin + slab : rows;
@@ -102,21 +106,21 @@ void linear_int8(const bf16* x, int64_t stride, const char* packed, const float*
                 const vec scale_low = load16(scales + p * PANEL), scale_high = load16(scales + p * PANEL + 16);
                 const vec bias_low = load16(bias + p * PANEL), bias_high = load16(bias + p * PANEL + 16);
                 for (int64_t m = begin; m < end; m += block_rows) {
-                    const int8_t* a = values + m * depth;
-                    const int8_t* a2 = terms == 2 ? a + plane : a + 16 * depth;
+                    const int8_t* a = values + m / 16 * tile_row;
+                    const int8_t* a2 = a + (terms == 2 ? TILE_BYTES : tile_row);
                     const bool both = terms == 2 || m + 16 < rows;
                     zero_sums();
                     for (int64_t c = 0; c < chunks; c++) {
                         const char* b = panel + c * 2 * TILE_BYTES;
                         if (m == begin)
                             for (int64_t line = 0; line < 2 * TILE_BYTES; line += 64) __builtin_prefetch(b + AHEAD + line, 0, 2);
-                        _tile_loadd(4, a + c * 64, depth);
+                        _tile_loadd(4, a + c * chunk_step, 64);
                         _tile_loadd(6, b, 64);
                         _tile_loadd(7, b + TILE_BYTES, 64);
                         _tile_dpbssd(0, 4, 6);
                         _tile_dpbssd(1, 4, 7);
                         if (both) {
-                            _tile_loadd(5, a2 + c * 64, depth);
+                            _tile_loadd(5, a2 + c * chunk_step, 64);
                             _tile_dpbssd(2, 5, 6);
                             _tile_dpbssd(3, 5, 7);
                         }
@@ -198,17 +202,8 @@ void linear_decoded(const bf16* x, int64_t stride, const char* packed, const flo
     const int64_t depth = round_up(num_in, DEPTH), chunks = depth / DEPTH, padded_rows = round_up(rows, 32);
     const int64_t units = gated ? num_out / 2 : num_out, step = gated ? 16 : PANEL, panels = num_panels(num_out, gated);
     const int64_t absmax_step = round_up(num_in, NF4_BLOCK) / NF4_BLOCK * PANEL;
-    if (rows % 32 || num_in % DEPTH) {
-        static thread_local Scratch scratch;
-        bf16* copy = reinterpret_cast<bf16*>(scratch.get(padded_rows * depth * 2));
-        for (int64_t r = 0; r < padded_rows; r++) {
-            const int64_t count = r < rows ? num_in : 0;
-            if (count) std::memcpy(copy + r * depth, x + r * stride, count * 2);
-            std::memset(copy + r * depth + count, 0, (depth - count) * 2);
-        }
-        x = copy;
-        stride = depth;
-    }
+    static thread_local Scratch input_scratch;
+    uint16_t* values = reinterpret_cast<uint16_t*>(input_scratch.get(padded_rows * depth * 2));
 #pragma omp parallel num_threads(threads)
     {
         TileScope scope;
@@ -218,6 +213,15 @@ void linear_decoded(const bf16* x, int64_t stride, const char* packed, const flo
         static thread_local Scratch scratch;
         // Few rows: a chunk is decoded just before its use. Many: the whole panel once, for all blocks of rows.
         const bool whole = rows > 32;
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < padded_rows; r++)
+            for (int64_t c = 0; c < chunks; c++) {
+                // Rows beyond the last repeat it; their sums are not written.
+                const int64_t left = num_in - c * DEPTH;
+                const __mmask32 inside = left >= DEPTH ? ~0u : (1u << left) - 1;
+                const bf16* from = x + (r < rows ? r : rows - 1) * stride + c * DEPTH;
+                _mm512_store_si512(values + (r / 16 * chunks + c) * 512 + r % 16 * 32, _mm512_maskz_loadu_epi16(inside, from));
+            }
         uint16_t* tiles = whole ? reinterpret_cast<uint16_t*>(scratch.get(chunks * 2 * TILE_BYTES)) : ring;
 #pragma omp for schedule(static)
         for (int64_t p = 0; p < panels; p++) {
@@ -235,20 +239,20 @@ void linear_decoded(const bf16* x, int64_t stride, const char* packed, const flo
                 for (int64_t c = 0; c < chunks; c++) decode(c);
             for (int64_t m = 0; m < rows; m += 32) {
                 const bool both = m + 16 < rows;
-                const bf16 *a = x + m * stride, *a2 = a + 16 * stride;
+                const uint16_t *a = values + m / 16 * chunks * 512, *a2 = a + chunks * 512;
                 zero_sums();
                 if (!whole)
                     for (int64_t c = 0; c < RING - 1 && c < chunks; c++) decode(c);
                 for (int64_t c = 0; c < chunks; c++) {
                     if (!whole && c + RING - 1 < chunks) decode(c + RING - 1);
                     const uint16_t* b = tiles + (whole ? c : c % RING) * TILE_BYTES;
-                    _tile_loadd(4, a + c * DEPTH, stride * 2);
+                    _tile_loadd(4, a + c * 512, 64);
                     _tile_loadd(6, b, 64);
                     _tile_loadd(7, b + TILE_BYTES / 2, 64);
                     _tile_dpbf16ps(0, 4, 6);
                     _tile_dpbf16ps(1, 4, 7);
                     if (both) {
-                        _tile_loadd(5, a2 + c * DEPTH, stride * 2);
+                        _tile_loadd(5, a2 + c * 512, 64);
                         _tile_dpbf16ps(2, 5, 6);
                         _tile_dpbf16ps(3, 5, 7);
                     }

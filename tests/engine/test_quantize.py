@@ -8,6 +8,8 @@ import shutil
 import pytest
 import torch
 from checkpoints import llama_dict, mpt_dict, save_folder
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from specialize.engine.adapter import load_adapter, merge_adapter, save_part_matrices
 from specialize.engine.batch import Batch
@@ -18,6 +20,7 @@ from specialize.engine.model import Model
 from specialize.engine.naive import naive_generate
 from specialize.engine.quantize import CHOICES, FORMATS, Quantization, quantized_bytes, weight_fields
 from specialize.engine.sampler import SamplingParams
+from specialize.engine.scheduler import EngineConfig
 from specialize.engine.weights import open_checkpoint
 
 from specialize.errors import InputError
@@ -85,13 +88,40 @@ def test_each_part_of_a_fused_matrix_is_near_its_original(kind, tmp_path):
         assert ((tensor - original[name]).abs() <= 0.5001 * step).all(), name
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_generator_and_naive_agree_over_the_dequantised_weights(form, tmp_path):
-    model = Model.from_pretrained(save_folder(tmp_path / "src", MODELS["llama"]), quantize=form)
-    truth, params = dequantized(model), SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
-    prompts = [[1 + i, 5, 9, 3][: 2 + i % 3] for i in range(5)]
-    got = Generator(model).generate(prompts, params)
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """format -> (quantised model, the dense one of the same values), fp32"""
+    source = save_folder(tmp_path_factory.mktemp("pairs"), MODELS["llama"])
+    models = {form: Model.from_pretrained(source, quantize=form) for form in FORMATS}
+    return {form: (model, dequantized(model)) for form, model in models.items()}
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    prompts=st.lists(st.lists(st.integers(0, 96), min_size=1, max_size=30), min_size=1, max_size=6),
+    form=st.sampled_from(FORMATS),
+    budget=st.integers(4, 40),
+)
+def test_generator_and_naive_agree_over_the_dequantised_weights(pairs, prompts, form, budget):
+    model, truth = pairs[form]
+    params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+    config = EngineConfig(max_batch_tokens=budget, max_sequences=4, num_pages=64)
+    got = Generator(model, config=config).generate(prompts, params)
     assert [c.token_ids for c in got] == [naive_generate(truth, p, params).token_ids for p in prompts]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("kind", MODELS)
+def test_bf16_logits_are_as_good_as_those_of_the_dense_bf16_model(kind, form, tmp_path):
+    """Whatever arithmetic this machine has packed: a quantised model is as near to the truth as its dense twin."""
+    quantized = Model.from_pretrained(save_folder(tmp_path / "src", MODELS[kind]), dtype=torch.bfloat16, quantize=form)
+    exact = Model.from_pretrained(tmp_path / "src", quantize=form)
+    truth, dense = logits(dequantized(exact)).double(), logits(dequantized(quantized)).double()
+
+    def worst(value):
+        return ((value - truth).norm(dim=1) / truth.norm(dim=1)).max()
+
+    assert worst(logits(quantized).double()) <= 2 * worst(dense) + torch.finfo(torch.bfloat16).eps
 
 
 @pytest.mark.parametrize("form", FORMATS)
