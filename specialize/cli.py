@@ -706,6 +706,14 @@ _sampling_options = (
     click.option("--repetition-penalty", type=float, default=1.0, show_default=True),
     click.option("--seed", type=int, default=0, show_default=True),
     click.option("--stop", multiple=True, help="Text that ends the reply; may be given several times."),
+    click.option(
+        "--speculation",
+        type=click.Choice(["off", "prompt_lookup", "auto"]),
+        default="off",
+        show_default=True,
+        help="Draft what the text seems to copy from itself; every token is checked by the model. auto: only where "
+        "drafts are mostly kept.",
+    ),
 )
 
 
@@ -778,6 +786,7 @@ def generate(common: Common, prompt: str | None, model: str, adapter: str | None
         device=common.device,
         quantize=o["quantize"],
         memory_bytes=o["memory_bytes"],
+        speculation=o["speculation"],
     )
     if o["prompts"] is not None:
         stats = generate_file(generator, o["prompts"], o["out"], params, adapter=name, reporter=common.reporter)
@@ -833,6 +842,7 @@ def chat(common: Common, model: str, adapter: str | None, **o: Any) -> None:
         device=common.device,
         quantize=o["quantize"],
         memory_bytes=o["memory_bytes"],
+        speculation=o["speculation"],
     )
     if adapter and not o["stop"]:
         o["stop"] = STOP

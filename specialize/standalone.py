@@ -62,13 +62,14 @@ def load_generator(
     device: str,
     quantize: str | None = None,
     memory_bytes: int | None = None,
+    speculation: str = "off",
 ) -> tuple[Any, str | None]:
     """(generator, the adapter's name in it). A single adapter stays beside the weights, so that numbers are its own.
     ``memory_bytes`` caps what the process takes."""
     from .engine.generator import Generator
     from .engine.scheduler import EngineConfig
 
-    config = EngineConfig(memory_bytes=memory_bytes)
+    config = EngineConfig(memory_bytes=memory_bytes, speculation=speculation)
     generator = Generator.from_pretrained(model, dtype=dtype, device=device, config=config, quantize=quantize)
     return generator, generator.load_adapter(adapter) if adapter else None
 
@@ -95,28 +96,47 @@ def read_prompts(path: Path) -> list[str | list[int]]:
 def generate_file(
     generator: Any, prompts_file: Path, out: Path, params: Any, *, adapter: str | None, reporter: Reporter
 ) -> dict[str, Any]:
-    """Complete every prompt of a file; the output has the input's order, n lines a prompt. Returns the statistics."""
+    """Complete every prompt of a file; the output has the input's order, n lines a prompt. Returns the statistics.
+
+    When interrupted, what is finished goes to ``out`` with ".partial" behind its name, each line with the number of its
+    "prompt" and "sample".
+    """
+    from .pipeline import write_text
+
     prompts = read_prompts(prompts_file)
     check_writable(out)
     generator.warm_up()
     started = time.perf_counter()
+    finished: list[Any] = []
     with reporter.bar("generate", len(prompts) * params.n, "completions") as bar:
-        completions = generator.generate(prompts, params, adapter=adapter, on_completion=lambda _: bar.advance())
-    seconds = time.perf_counter() - started
-    lines = []
-    for completion in completions:
-        row: dict[str, Any] = {
-            "text": completion.text,
-            "token_ids": list(completion.token_ids),
-            "finish_reason": completion.finish_reason,
-        }
-        if completion.logprobs is not None:
-            row["logprobs"] = [[[int(i), float(p)] for i, p in token] for token in completion.logprobs]
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    from .pipeline import write_text
 
-    write_text(out, "".join(lines))
+        def keep(completion: Any) -> None:
+            finished.append(completion)
+            bar.advance()
+
+        try:
+            completions = generator.generate(prompts, params, adapter=adapter, on_completion=keep)
+        except KeyboardInterrupt:
+            finished.sort(key=lambda c: (c.request_id, c.index))
+            rows = [{"prompt": c.request_id, "sample": c.index, **_row(c)} for c in finished]
+            partial = out.with_name(out.name + ".partial")
+            write_text(partial, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            reporter.say(f"{len(rows)} finished replies are in {partial}")
+            raise
+    seconds = time.perf_counter() - started
+    write_text(out, "".join(json.dumps(_row(c), ensure_ascii=False) + "\n" for c in completions))
     return statistics(completions, seconds, generator)
+
+
+def _row(completion: Any) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "text": completion.text,
+        "token_ids": list(completion.token_ids),
+        "finish_reason": completion.finish_reason,
+    }
+    if completion.logprobs is not None:
+        row["logprobs"] = [[[int(i), float(p)] for i, p in token] for token in completion.logprobs]
+    return row
 
 
 def statistics(completions: Sequence[Any], seconds: float, generator: Any) -> dict[str, Any]:

@@ -98,6 +98,32 @@ def test_bad_files_of_a_run(capsys, tiny, tmp_path, name, content, message):
     assert len([line for line in err.splitlines() if line.startswith("specialize:")]) == 1
 
 
+def test_an_interrupted_file_keeps_what_is_finished(capsys, tiny, tmp_path, monkeypatch):
+    from specialize.engine import Generator
+
+    prompts, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt_ids": [i + 3]}) + "\n" for i in range(3)))
+    flags = ["--model", tiny.inputs["model"], "--dtype", "fp32", "--max-tokens", 4, "--ignore-eos"]
+    flags += ["--prompts", prompts, "--out", out]
+    assert call(capsys, "generate", *flags, "--speculation", "prompt_lookup")[0] == 0
+    whole = [json.loads(line) for line in out.read_text().splitlines()]
+    out.unlink()
+    run = Generator.run
+
+    def stopping(generator, requests):
+        completions = list(run(generator, requests))
+        yield from (completions[2], completions[0])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Generator, "run", stopping)
+    code, _, err = call(capsys, "generate", *flags)
+    assert code == 130 and not out.exists()
+    partial = tmp_path / "out.jsonl.partial"
+    assert f"2 finished replies are in {partial}" in err
+    rows = [json.loads(line) for line in partial.read_text().splitlines()]
+    assert rows == [{"prompt": r["prompt"], "sample": 0} | whole[r["prompt"]] for r in rows] and len(rows) == 2
+
+
 def test_generate_by_file_is_in_order(capsys, tiny, tmp_path):
     prompts = tmp_path / "in.jsonl"
     rows = [{"prompt": "The cat"}, {"prompt_ids": [5, 6, 7, 8, 9]}, {"prompt": "The owl that we saw"}]
