@@ -28,6 +28,8 @@ class Peer:
         model_params = llama_cpp.llama_model_default_params()
         if device == "cpu":
             model_params.n_gpu_layers = 0
+        # Weights repacked for AMX: a segmentation fault at the first call (0.3.36, a Q4_1 file, Xeon with AMX).
+        model_params.use_extra_bufts = False
         self.model = llama_cpp.llama_model_load_from_file(gguf.encode(), model_params)
         if not self.model:
             raise RuntimeError(f"{gguf}: llama.cpp cannot load this file")

@@ -8,6 +8,8 @@ from typing import Any
 
 from protocol import serve, versions
 
+PAGE_TOKENS = 64  # of its KV cache on a CPU
+
 
 class Peer:
     def __init__(self) -> None:
@@ -15,8 +17,9 @@ class Peer:
         self.continuous = False
 
     def load(
-        self, model: str, dtype: str, device: str, threads: int | None, continuous: bool = False, **_: Any
-    ) -> dict[str, Any]:
+        self, model: str, dtype: str, device: str, threads: int | None, batch: int, max_context: int,
+        continuous: bool = False, **_: Any,
+    ) -> dict[str, Any]:  # fmt: skip
         import torch
         import transformers
 
@@ -35,6 +38,7 @@ class Peer:
         loaded.generation_config.eos_token_id = None  # the end token is ignored
         self.model = loaded.to(device).eval()
         self.continuous = continuous
+        self.batch, self.max_context = batch, max_context
         return {"versions": versions("transformers", "torch")}
 
     def run(self, prompts: list[list[int]], new_tokens: int, temperature: float, top_p: float) -> dict[str, Any]:
@@ -43,9 +47,9 @@ class Peer:
         sampling: dict[str, Any] = {"do_sample": False}
         if temperature > 0:
             sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        if self.continuous:  # makes its tensors in one thread and writes them in another: not in inference mode
+            return self._run_continuous(prompts, new_tokens, sampling)
         with torch.inference_mode():
-            if self.continuous:
-                return self._run_continuous(prompts, new_tokens, sampling)
             return self._run_padded(prompts, new_tokens, sampling)
 
     def _run_padded(self, prompts: list[list[int]], new_tokens: int, sampling: dict[str, Any]) -> dict[str, Any]:
@@ -67,13 +71,18 @@ class Peer:
         return {"seconds": time.perf_counter() - began, "token_ids": token_ids}
 
     def _run_continuous(self, prompts: list[list[int]], new_tokens: int, sampling: dict[str, Any]) -> dict[str, Any]:
-        from transformers import GenerationConfig
+        from transformers import ContinuousBatchingConfig, GenerationConfig
 
-        config = GenerationConfig(
-            max_new_tokens=new_tokens, eos_token_id=-1, pad_token_id=0, use_cuda_graph=False, **sampling
-        )
+        config = GenerationConfig(max_new_tokens=new_tokens, eos_token_id=-1, pad_token_id=0, **sampling)
+        sizes: dict[str, int] = {}
+        if self.model.device.type == "cpu":  # left to itself it takes nearly all the memory there is
+            pages = self.batch * -(-self.max_context // PAGE_TOKENS)
+            sizes = {"page_size": PAGE_TOKENS, "num_blocks": pages, "max_batch_tokens": 1024}
         began = time.perf_counter()
-        results = self.model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
+        results = self.model.generate_batch(
+            inputs=prompts, generation_config=config, progress_bar=False,
+            continuous_batching_config=ContinuousBatchingConfig(**sizes),
+        )  # fmt: skip
         seconds = time.perf_counter() - began
         by_prompt = {tuple(result.prompt_ids): list(result.generated_tokens) for result in results.values()}
         if len(results) < len(prompts):
