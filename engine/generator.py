@@ -407,7 +407,8 @@ class Generator:
     def _land(self, outputs: Outputs, flying: list[_Step]) -> list[Completion | str]:
         """Reads the oldest launched step's tokens, waiting for them if need be, and commits them."""
         step = flying.pop(0)
-        drawn = step.draws.read()
+        with self._span("wait"):
+            drawn = step.draws.read()
         with self._span("commit"):
             return outputs.after_step(step.plan, *drawn)
 

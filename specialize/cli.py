@@ -899,6 +899,21 @@ def bench(what: str, arguments: tuple[str, ...]) -> None:
         raise SystemExit(code)
 
 
+@cli.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("what", type=click.Choice(["generate", "train"]))
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def profile(what: str, arguments: tuple[str, ...]) -> None:
+    """Show where a step's time goes, and write a trace: generate or train. `specialize profile WHAT --help`: options.
+
+    \b
+    Example:
+      specialize profile generate --model smollm2-135m-instruct --out trace.json
+    """
+    from .bench.profile import main as work
+
+    work([what, *arguments])
+
+
 @cli.command()
 @click.option("--model", help="Plan the memory of this model: a folder, .gguf file, name, or shape such as mpt-30b.")
 @quantize_option

@@ -43,7 +43,7 @@ def test_every_command_explains_itself(capsys):
     assert code == 0
     for name, command in cli.cli.commands.items():
         assert name in out
-        if name != "bench":  # its --help is the benchmark's own
+        if name not in ("bench", "profile"):  # their --help is the benchmark's own
             assert "Example" in call(capsys, name, "--help")[1] or name == "doctor", name
             assert command.help
 
@@ -350,6 +350,13 @@ def test_tuning_is_planned_without_weights_or_device(capsys):
     assert plan["fits"] and plan["recompute_layers"] == 0 and plan["tokens_per_s"] > 3000
     code, out, _ = call(capsys, "tune", "--dry-run", "--model", "mpt-30b", "--memory", "40GB")
     assert code == 0 and "does not fit" in out
+
+
+def test_profile_options_are_checked(capsys, tmp_path):
+    code, _, err = call(capsys, "profile", "generate", "--model", "random:huge", "--out", tmp_path / "t.json")
+    assert code == 2 and "no such shape; allowed: random:smollm2-135m" in err
+    code, _, err = call(capsys, "profile", "train", "--out", tmp_path)
+    assert code == 2 and "give a file in a folder that exists" in err
 
 
 def test_tuning_that_cannot_fit_is_refused_before_work(capsys, tiny, tmp_path):
