@@ -189,9 +189,7 @@ def _check(
     k_scale,
     v_scale,
 ) -> None:
-    """What paged attention asks beyond check_attention. Values are looked at on the CPU only: no sync with a
-    device.
-    """
+    """What paged attention asks beyond check_attention."""
     if k_cache.dim() != 4 or v_cache.shape != k_cache.shape:
         given = f"of shapes {tuple(k_cache.shape)} and {tuple(v_cache.shape)}"
         raise bad_argument(OP, "k_cache, v_cache", given, "[P,S,K,D], both alike")
@@ -221,28 +219,31 @@ def _check(
         if scale is not None and (scale.shape != (k_cache.shape[2],) or scale.dtype != torch.float32):
             given = f"{scale.dtype} {tuple(scale.shape)}"
             raise bad_argument(OP, name, given, f"float32 ({k_cache.shape[2]},)")
-    if not q.is_cuda:
-        starts, contexts = query_starts.tolist(), context_lens.tolist()
-        for b, context in enumerate(contexts):
-            queries = starts[b + 1] - starts[b]
-            if b < num_decodes and queries != 1:
-                raise bad_argument(OP, "query_starts", f"{queries} queries in decode {b}", "1 query in each decode")
-            if not queries <= context <= max_context_len:
-                allowed = f"its {queries} queries to max_context_len {max_context_len}"
-                raise bad_argument(OP, "context_lens", f"{context} for sequence {b}", allowed)
+
+
+def _check_lengths(
+    context_lens: torch.Tensor, query_starts: torch.Tensor, max_context_len: int, num_decodes: int
+) -> None:
+    """What the values of the lengths must be; they lie on the CPU."""
+    starts, contexts = query_starts.tolist(), context_lens.tolist()
+    for b, context in enumerate(contexts):
+        queries = starts[b + 1] - starts[b]
+        if b < num_decodes and queries != 1:
+            raise bad_argument(OP, "query_starts", f"{queries} queries in decode {b}", "1 query in each decode")
+        if not 0 <= queries <= context <= max_context_len:
+            allowed = f"its {queries} queries to max_context_len {max_context_len}"
+            raise bad_argument(OP, "context_lens", f"{context} for sequence {b}", allowed)
 
 
 def _check_prefixes(
-    page_size: int,
     page_table: torch.Tensor,
-    context_lens: torch.Tensor,
     max_context_len: int,
     num_decodes: int,
     prefix_groups: torch.Tensor | None,
     prefix_lens: torch.Tensor | None,
     max_prefix_len: int,
 ) -> None:
-    """What prefix groups must be, called with max_prefix_len ≠ 0. Values are looked at on the CPU only."""
+    """Shapes and places of prefix groups, given with max_prefix_len ≠ 0."""
     if not 0 < max_prefix_len < max_context_len:
         raise bad_argument(OP, "max_prefix_len", max_prefix_len, f"0 to {max_context_len - 1}")
     if (
@@ -260,8 +261,17 @@ def _check_prefixes(
         if tensor.device != page_table.device or not tensor.is_contiguous():
             given = f"on {tensor.device} with strides {tensor.stride()}"
             raise bad_argument(OP, name, given, f"contiguous on {page_table.device}, as the page table")
-    if prefix_lens.is_cuda:
-        return
+
+
+def _check_groups(
+    page_size: int,
+    page_table: torch.Tensor,
+    context_lens: torch.Tensor,
+    num_decodes: int,
+    prefix_groups: torch.Tensor,
+    prefix_lens: torch.Tensor,
+) -> None:
+    """What the values of prefix groups must be; they lie on the CPU."""
     starts, lens, contexts = prefix_groups.tolist(), prefix_lens.tolist(), context_lens.tolist()
     if starts[0] != 0 or starts[-1] != num_decodes or any(a > b for a, b in pairwise(starts)):
         raise bad_argument(OP, "prefix_groups", starts, f"rising from 0 to num_decodes, {num_decodes}")
@@ -271,9 +281,9 @@ def _check_prefixes(
         prefix = lens[start]
         if any(length != prefix for length in lens[start:stop]):
             raise bad_argument(OP, "prefix_lens", lens[start:stop], "one length in each group")
-        if prefix % page_size or not 0 <= prefix <= max_prefix_len or prefix >= min(contexts[start:stop]):
-            allowed = f"whole pages of {page_size}, at most max_prefix_len, less than the context"
-            raise bad_argument(OP, "prefix_lens", f"{prefix} for decodes {start} to {stop - 1}", allowed)
+        if prefix % page_size or not 0 <= prefix < min(contexts[start:stop]):
+            given = f"{prefix} for decodes {start} to {stop - 1}"
+            raise bad_argument(OP, "prefix_lens", given, f"whole pages of {page_size}, less than the context")
         shared = page_table[start:stop, : prefix // page_size]
         if not bool((shared == shared[:1]).all()):
             allowed = "the same pages for the first prefix_lens tokens of a group"
@@ -323,17 +333,22 @@ def attention_paged(
         k_scale, v_scale,
     )  # fmt: skip
     if max_prefix_len:
-        _check_prefixes(
-            k_cache.shape[1], page_table, context_lens, max_context_len, num_decodes, prefix_groups, prefix_lens,
-            max_prefix_len,
-        )  # fmt: skip
+        _check_prefixes(page_table, max_context_len, num_decodes, prefix_groups, prefix_lens, max_prefix_len)
+    else:
+        prefix_groups = prefix_lens = None
     chosen = choose_backend(OP, q, backend, BACKENDS, cpu_attention.default_backend(q, k_cache, k_scale, v_scale))
     if chosen == "cpp":
-        if k_scale is not None or v_scale is not None:
-            raise bad_argument(OP, "k_scale", "given", "None with backend 'cpp'")
-        return cpu_attention.attention_paged(
-            q, k_cache, v_cache, page_table, context_lens, query_starts, float(softmax_scale), alibi_slopes, window
-        )
+        out = cpu_attention.attention_paged(
+            q, k_cache, v_cache, page_table, context_lens, query_starts, max_context_len, num_decodes,
+            float(softmax_scale), alibi_slopes, window, k_scale, v_scale, prefix_groups, prefix_lens,
+        )  # fmt: skip
+        if out is not None:
+            return out
+    if not q.is_cuda:  # the twin has looked at the values itself
+        _check_lengths(context_lens, query_starts, max_context_len, num_decodes)
+        if prefix_groups is not None and prefix_lens is not None:
+            _check_groups(k_cache.shape[1], page_table, context_lens, num_decodes, prefix_groups, prefix_lens)
+    assert chosen != "cpp", "the twin refused what is right"
     softmax_scale = float(softmax_scale)
     if chosen == "triton":
         from . import attention_paged as kernels

@@ -8,7 +8,6 @@ import functools
 import torch
 
 from . import cpu
-from .dispatch import bad_argument
 
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 
@@ -16,8 +15,8 @@ _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, c
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = cpu.load("attention")
-    library.attention_paged.argtypes = [*[_POINTER] * 8, *[_LONG] * 14, _FLOAT, _INT, _INT]
-    library.kv_write.argtypes = [*[_POINTER] * 8, *[_LONG] * 11, _FLOAT, _INT, _INT]
+    library.attention_paged.argtypes = [*[_POINTER] * 12, *[_LONG] * 17, _FLOAT, *[_INT] * 3]
+    library.kv_write.argtypes = [*[_POINTER] * 10, *[_LONG] * 11, _FLOAT, *[_INT] * 3]
     library.attention_paged.restype, library.kv_write.restype = _LONG, None
     return library
 
@@ -30,10 +29,12 @@ def default_backend(x: torch.Tensor, k_cache: torch.Tensor, *scales: torch.Tenso
 def _refusal(x: torch.Tensor, k_cache: torch.Tensor, *scales: torch.Tensor | None) -> str | None:
     if x.device.type != "cpu":
         return f"the tensors lie on {x.device}"
-    if x.dtype not in cpu.DTYPE_CODES or k_cache.dtype != x.dtype:
-        return f"dtypes are {x.dtype} and {k_cache.dtype} (cache); they must be one of fp32, bf16, fp16, and equal"
-    if any(scale is not None for scale in scales):
-        return "the cache is quantised"
+    if x.dtype not in cpu.DTYPE_CODES or k_cache.dtype not in (x.dtype, torch.int8):
+        return (
+            f"dtypes are {x.dtype} and {k_cache.dtype} (cache); allowed: fp32, bf16 or fp16, and the same or int8 pages"
+        )
+    if k_cache.dtype != torch.int8 and any(scale is not None for scale in scales):
+        return f"scales are given for {k_cache.dtype} pages; allowed: int8 pages"
     return None
 
 
@@ -52,12 +53,19 @@ def attention_paged(
     page_table: torch.Tensor,
     context_lens: torch.Tensor,
     query_starts: torch.Tensor,
+    max_context_len: int,
+    num_decodes: int,
     softmax_scale: float,
     alibi_slopes: torch.Tensor | None,
     window: int | None,
-) -> torch.Tensor:
-    """As `attention_decode.attention_paged`; raises ValueError for what the twin cannot take."""
-    refusal = _refusal(q, k_cache)
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    prefix_groups: torch.Tensor | None,
+    prefix_lens: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """As `attention_decode.attention_paged`; raises ValueError for what the twin cannot take. None: the lengths, or the
+    groups of prefixes, make no sense, and nothing was computed."""
+    refusal = _refusal(q, k_cache, k_scale, v_scale)
     if refusal or v_cache.dtype != k_cache.dtype or v_cache.stride() != k_cache.stride() or k_cache.stride(-1) != 1:
         raise ValueError(f"attention_paged: backend 'cpp' cannot run: {refusal or 'the two caches differ in layout'}")
     if q.stride(-1) != 1:
@@ -71,19 +79,17 @@ def attention_paged(
     context_lens = context_lens.to(torch.int32).contiguous()
     query_starts = query_starts.to(torch.int32).contiguous()
     slopes = _contiguous(alibi_slopes, torch.float32)
+    k_scale, v_scale = _contiguous(k_scale, torch.float32), _contiguous(v_scale, torch.float32)
     wrong = _library().attention_paged(
         q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr(), page_table.data_ptr(),
-        context_lens.data_ptr(), query_starts.data_ptr(), _pointer(slopes), q.stride(0), q.stride(1), k_cache.stride(0),
-        k_cache.stride(1), k_cache.stride(2), page_table.stride(0), page_table.shape[1], num_tokens,
-        context_lens.shape[0], num_heads, k_cache.shape[2], dim, k_cache.shape[1], window or 0, softmax_scale,
-        cpu.DTYPE_CODES[q.dtype], cpu.num_threads(),
+        context_lens.data_ptr(), query_starts.data_ptr(), _pointer(slopes), _pointer(k_scale), _pointer(v_scale),
+        _pointer(prefix_groups), _pointer(prefix_lens), q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1),
+        k_cache.stride(2), page_table.stride(0), page_table.shape[1], num_tokens, context_lens.shape[0], num_decodes,
+        0 if prefix_groups is None else prefix_groups.shape[0] - 1, num_heads, k_cache.shape[2], dim, k_cache.shape[1],
+        window or 0, max_context_len, softmax_scale, cpu.DTYPE_CODES[q.dtype], k_cache.dtype == torch.int8,
+        cpu.num_threads(),
     )  # fmt: skip
-    if wrong >= 0:
-        given = f"{int(context_lens[wrong])} for sequence {wrong}"
-        raise bad_argument(
-            "attention_paged", "context_lens", given, "its number of queries to its row of the page table"
-        )
-    return out
+    return out if wrong == -1 else None
 
 
 def kv_write(
@@ -96,9 +102,11 @@ def kv_write(
     sin: torch.Tensor | None,
     positions: torch.Tensor | None,
     clip: float | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
 ) -> None:
     """As `kv_write.kv_write`; raises ValueError for what the twin cannot take."""
-    refusal = _refusal(k, k_cache)
+    refusal = _refusal(k, k_cache, k_scale, v_scale)
     if refusal or v.dtype != k.dtype or v_cache.stride() != k_cache.stride() or k_cache.stride(-1) != 1:
         raise ValueError(f"kv_write: backend 'cpp' cannot run: {refusal or 'keys and values differ in layout'}")
     k = k if k.stride(-1) == 1 else k.contiguous()
@@ -106,9 +114,10 @@ def kv_write(
     slots = slots.contiguous()
     cos, sin = _contiguous(cos, torch.float32), _contiguous(sin, torch.float32)
     positions = _contiguous(positions, torch.int64)
+    k_scale, v_scale = _contiguous(k_scale, torch.float32), _contiguous(v_scale, torch.float32)
     _library().kv_write(
-        k.data_ptr(), v.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), slots.data_ptr(), _pointer(cos),
-        _pointer(sin), _pointer(positions), k.shape[0], k.shape[1], k.shape[2], k.stride(0), k.stride(1), v.stride(0),
-        v.stride(1), k_cache.shape[1], k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), clip or 0.0,
-        cpu.DTYPE_CODES[k.dtype], cpu.num_threads(),
+        k.data_ptr(), v.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), _pointer(k_scale), _pointer(v_scale),
+        slots.data_ptr(), _pointer(cos), _pointer(sin), _pointer(positions), k.shape[0], k.shape[1], k.shape[2],
+        k.stride(0), k.stride(1), v.stride(0), v.stride(1), k_cache.shape[1], k_cache.stride(0), k_cache.stride(1),
+        k_cache.stride(2), clip or 0.0, cpu.DTYPE_CODES[k.dtype], k_cache.dtype == torch.int8, cpu.num_threads(),
     )  # fmt: skip

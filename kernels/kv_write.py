@@ -229,9 +229,9 @@ def kv_write(
     cpu_default = cpu_attention.default_backend(k, k_cache, k_scale, v_scale)
     chosen = choose_backend(OP, k, backend, ("triton", "torch", "cpp"), cpu_default)
     if chosen == "cpp":
-        if k_scale is not None or v_scale is not None:
-            raise bad_argument(OP, "k_scale", "given", "None with backend 'cpp'")
-        return cpu_attention.kv_write(k.detach(), v.detach(), k_cache, v_cache, slots, cos, sin, positions, clip)
+        return cpu_attention.kv_write(
+            k.detach(), v.detach(), k_cache, v_cache, slots, cos, sin, positions, clip, k_scale, v_scale
+        )
     k, v = k.detach(), v.detach()
     if chosen == "triton":
         k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))

@@ -26,6 +26,7 @@ static inline uint32_t float_to_bits(float f) {
 static inline float load(const float* p) { return *p; }
 static inline float load(const bf16* p) { return bits_to_float(uint32_t(p->bits) << 16); }
 static inline float load(const fp16* p) { return float(p->value); }
+static inline float load(const int8_t* p) { return float(*p); }
 
 static inline uint16_t to_bf16_bits(float f) {
     uint32_t u = float_to_bits(f);

@@ -11,6 +11,7 @@ typedef int32_t ivec __attribute__((vector_size(64)));
 typedef uint32_t uvec __attribute__((vector_size(64)));
 typedef uint16_t halves __attribute__((vector_size(32)));
 typedef _Float16 fp16_halves __attribute__((vector_size(32)));
+typedef int8_t bytes __attribute__((vector_size(16)));
 
 static inline vec splat(float f) { return vec{f, f, f, f, f, f, f, f, f, f, f, f, f, f, f, f}; }
 
@@ -31,6 +32,12 @@ static inline vec load16(const fp16* p) {
     fp16_halves h;
     std::memcpy(&h, p, sizeof h);
     return __builtin_convertvector(h, vec);
+}
+
+static inline vec load16(const int8_t* p) {
+    bytes b;
+    std::memcpy(&b, p, sizeof b);
+    return __builtin_convertvector(b, vec);
 }
 
 static inline void store16(float* p, vec v) { std::memcpy(p, &v, sizeof v); }

@@ -98,7 +98,7 @@ def test_a_group_of_more_rows_than_a_tile():
         ({"prefix_groups": torch.tensor([0, 2], dtype=torch.int32)}, "rising from 0 to num_decodes, 3"),
         ({"prefix_lens": torch.tensor([48, 48, 32], dtype=torch.int32)}, "one length in each group"),
         ({"prefix_lens": torch.tensor([40] * 3, dtype=torch.int32)}, "whole pages of 16"),
-        ({"prefix_lens": torch.tensor([64] * 3, dtype=torch.int32)}, "at most max_prefix_len"),
+        ({"prefix_lens": torch.tensor([96] * 3, dtype=torch.int32)}, "less than the context"),
         ({"context_lens": torch.tensor([100, 48, 81], dtype=torch.int32)}, "less than the context"),
         ({"page_table": torch.arange(24, dtype=torch.int32).view(3, 8)}, "page_table is different in decodes 0 to 2"),
     ],
