@@ -32,11 +32,14 @@ def read_texts(path: Path, limit: int) -> list[str]:
     if not path.is_file():
         raise InputError(f"--text {path}: no such file; give JSONL rows with a text, or plain text")
     texts: list[str] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if len(texts) == limit:
             break
         if path.suffix == ".jsonl":
-            row = json.loads(line)
+            try:
+                row = dict(json.loads(line))
+            except (ValueError, TypeError):
+                raise InputError(f"{path}:{number}: not a JSON row") from None
             line = " ".join(str(row[key]) for key in ("title", "text") if row.get(key))
         if line.strip():
             texts.append(line.strip())
