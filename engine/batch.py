@@ -172,25 +172,41 @@ def build_step(plan: StepPlan, rows: Rows, device: torch.device | str) -> tuple[
     return batch, tensors
 
 
+_TORCH_DTYPES = {
+    np.dtype(np.int64): torch.int64, np.dtype(np.int32): torch.int32, np.dtype(np.float32): torch.float32,
+    np.dtype(np.bool_): torch.bool,
+}  # fmt: skip
+# Kernels are compiled anew for pointers that 16 does not divide.
+_ALIGNMENT_BYTES = 16
+
+
 def upload(arrays: Mapping[str, np.ndarray], device: torch.device | str) -> dict[str, torch.Tensor]:
-    """Moves all arrays in one copy; the tensors returned are views of one buffer, each 8-byte aligned.
+    """Moves all arrays (i64, i32, f32 or bool) in one copy; the tensors returned are aligned views of one buffer.
 
     The arrays are read before the function returns, so the caller may reuse them.
     """
-    offsets, total = {}, 0
+    by_dtype: dict[np.dtype, list[str]] = {}
     for name, array in arrays.items():
-        offsets[name] = total
-        total += (array.nbytes + 7) & ~7
+        by_dtype.setdefault(array.dtype, []).append(name)
+    parts, total = [], 0
+    for dtype, names in by_dtype.items():
+        unit = _ALIGNMENT_BYTES // dtype.itemsize
+        sizes = [size for name in names for size in (arrays[name].size, -arrays[name].size % unit)]  # each with padding
+        num_bytes = sum(sizes) * dtype.itemsize
+        parts.append((dtype, names, sizes, slice(total, total + num_bytes)))
+        total += num_bytes
     device = torch.device(device)
     staging = torch.empty(total, dtype=torch.uint8, pin_memory=device.type == "cuda")
     host = staging.numpy()
-    for name, array in arrays.items():
-        start = offsets[name]
-        host[start : start + array.nbytes].view(array.dtype)[:] = array.reshape(-1)
+    for dtype, names, sizes, place in parts:
+        view, at = host[place].view(dtype), 0
+        for name, size, padding in zip(names, sizes[::2], sizes[1::2], strict=True):
+            view[at : at + size] = arrays[name].reshape(-1)
+            at += size + padding
     buffer = staging.to(device, non_blocking=True) if device.type != "cpu" else staging
     tensors = {}
-    for name, array in arrays.items():
-        start = offsets[name]
-        dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
-        tensors[name] = buffer[start : start + array.nbytes].view(dtype).view(array.shape)
+    for dtype, names, sizes, place in parts:
+        pieces = buffer[place].view(_TORCH_DTYPES[dtype]).split(sizes)[::2]
+        for name, piece in zip(names, pieces, strict=True):
+            tensors[name] = piece if arrays[name].ndim == 1 else piece.view(arrays[name].shape)
     return tensors

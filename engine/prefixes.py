@@ -3,6 +3,7 @@ requests that puts such sequences side by side. No torch here."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -47,7 +48,9 @@ def group_by_prefix(tables: np.ndarray, num_full: np.ndarray, min_pages: int) ->
     groups: list[tuple[np.ndarray, int]] = []
     if tables.shape[1]:
         for members in _equal(tables[:, 0], np.arange(len(tables))):
-            groups += _best(tables, num_full, members, 0, max(min_pages, 1))[1]
+            tree = _tree(tables, num_full, members, 0)
+            chosen = _choose(tree, 0, max(min_pages, 1), {})[1]
+            groups += _assign(tree, chosen)
     shared = np.zeros(len(tables), bool)
     for members, _ in groups:
         shared[members] = True
@@ -67,25 +70,65 @@ def group_by_prefix(tables: np.ndarray, num_full: np.ndarray, min_pages: int) ->
 def _equal(values: np.ndarray, members: np.ndarray) -> list[np.ndarray]:
     """The members with equal values, for each value that two or more have."""
     order = np.argsort(values, kind="stable")
-    bounds = np.flatnonzero(np.diff(values[order])) + 1
-    return [members[part] for part in np.split(order, bounds) if len(part) > 1]
+    differs = np.flatnonzero(np.diff(values[order])) + 1
+    if len(differs) == len(values) - 1:
+        return []
+    bounds = [0, *differs.tolist(), len(values)]
+    return [members[order[a:b]] for a, b in itertools.pairwise(bounds) if b - a > 1]
 
 
-def _best(
-    tables: np.ndarray, num_full: np.ndarray, members: np.ndarray, depth: int, min_pages: int
-) -> tuple[int, list[tuple[np.ndarray, int]]]:
-    """Pages spared, and the groups, of members that share their first ``depth`` pages at least."""
+@dataclass(eq=False)
+class _Node:
+    """Sequences with their first ``num_pages`` pages in common: ``direct`` ones, and those of the children, who share
+    more."""
+
+    num_pages: int
+    direct: np.ndarray
+    children: list[_Node]
+
+
+def _tree(tables: np.ndarray, num_full: np.ndarray, members: np.ndarray, depth: int) -> _Node:
+    """The members share their first ``depth`` pages at least."""
     limit = int(num_full[members].min())
     same = (tables[members, depth:limit] == tables[members[0], depth:limit]).all(0)
     end = depth + (len(same) if same.all() else int(same.argmin()))
-    whole = (len(members) - 1) * end if end >= min_pages else 0
-    spared, groups = 0, []
     longer = members[num_full[members] > end]
-    if len(longer) > 1:
-        for part in _equal(tables[longer, end], longer):
-            more, found = _best(tables, num_full, part, end, min_pages)
-            spared += more
-            groups += found
-    if whole >= spared:
-        return whole, [(members, end)] if whole else []
-    return spared, groups
+    parts = _equal(tables[longer, end], longer) if len(longer) > 1 else []
+    direct = np.setdiff1d(members, np.concatenate(parts)) if parts else members
+    return _Node(end, direct, [_tree(tables, num_full, part, end) for part in parts])
+
+
+def _choose(
+    node: _Node, fallback: int, min_pages: int, known: dict[tuple[_Node, int], tuple[int, list[_Node]]]
+) -> tuple[int, list[_Node]]:
+    """Pages spared, and the nodes whose prefix becomes a group's, if a group with ``fallback`` pages can be joined.
+
+    A group costs one reading of its pages and spares every member its own.
+    """
+    if (node, fallback) not in known:
+        options = []
+        for pages, cost, opened in ((fallback, 0, []), (node.num_pages, node.num_pages, [node])):
+            if opened and pages < min_pages:
+                continue
+            value, chosen = len(node.direct) * pages - cost, list(opened)
+            for child in node.children:
+                more, below = _choose(child, pages, min_pages, known)
+                value, chosen = value + more, chosen + below
+            options.append((value, chosen))
+        known[node, fallback] = max(options, key=lambda option: option[0])
+    return known[node, fallback]
+
+
+def _assign(node: _Node, chosen: list[_Node]) -> list[tuple[np.ndarray, int]]:
+    """Members and pages of each chosen group."""
+    members: dict[_Node, list[np.ndarray]] = {}
+
+    def walk(at: _Node, group: _Node | None) -> None:
+        group = at if at in chosen else group
+        if group is not None:
+            members.setdefault(group, []).append(at.direct)
+        for child in at.children:
+            walk(child, group)
+
+    walk(node, None)
+    return [(np.concatenate(parts), group.num_pages) for group, parts in members.items()]

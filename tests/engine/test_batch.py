@@ -31,5 +31,6 @@ def test_upload_keeps_dtype_shape_and_values():
     for name, array in arrays.items():
         np.testing.assert_array_equal(tensors[name].numpy(), array)
         assert tensors[name].shape == array.shape
+        assert tensors[name].data_ptr() % 16 == 0
     arrays["a"][:] = 0
     assert tensors["a"].tolist() == [0, 1, 2]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import sys
 from dataclasses import replace
 
 import pytest
@@ -11,10 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from specialize.engine import scheduler
 from specialize.engine.adapter import save_part_matrices
+from specialize.engine.batch import build_step
 from specialize.engine.config import ModelConfig
 from specialize.engine.generator import Generator, choose_device, choose_dtype
 from specialize.engine.model import Model
 from specialize.engine.naive import naive_generate, naive_logits
+from specialize.engine.runner import Draws, Runner
 from specialize.engine.sampler import Request, SamplingParams
 from specialize.engine.scheduler import EngineConfig
 from specialize.engine.speculate import MODES
@@ -370,6 +374,47 @@ def test_requests_are_taken_as_room_appears(model):
         assert len(taken) <= len(finished) + 8
     assert sorted(finished) == list(range(40))
     assert_all_free(generator)
+
+
+def test_host_work_and_memory_do_not_grow_with_the_queue(model, monkeypatch):
+    """Calls on the host, and live objects, per request: the same for a queue eight times as long."""
+
+    def launch(runner, plan, rows):
+        build_step(plan, rows, "cpu")
+        count = len(plan.sampled)
+        return Draws(torch.ones(count, dtype=torch.int64), torch.zeros(count))
+
+    monkeypatch.setattr(Runner, "launch", launch)
+
+    def calls_and_objects(num_requests: int) -> tuple[float, int]:
+        generator = Generator(model, None, EngineConfig(page_size=4, max_sequences=8, num_pages=128))
+        generator.warm_up()
+        calls = peak = 0
+
+        def count(frame, event, argument):
+            nonlocal calls
+            calls += event in ("call", "c_call")
+
+        def requests():
+            rng = random.Random(num_requests)
+            for number in range(num_requests):
+                yield Request([rng.randrange(256) for _ in range(20)], GREEDY, request_id=number)
+
+        gc.collect()
+        before = len(gc.get_objects())
+        sys.setprofile(count)
+        try:
+            for number, _ in enumerate(generator.run(requests())):
+                if number in (24, num_requests - 25):
+                    peak = len(gc.get_objects()) - before
+        finally:
+            sys.setprofile(None)
+        return calls / num_requests, peak
+
+    few, few_objects = calls_and_objects(60)
+    many, many_objects = calls_and_objects(480)
+    assert many <= 1.02 * few
+    assert many_objects <= few_objects + 100
 
 
 def test_a_request_that_fails_fails_alone(model):

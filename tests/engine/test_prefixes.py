@@ -37,7 +37,7 @@ def partitions(items: list[int]):
                 yield [[first, *others], *tail]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     choices=st.lists(st.lists(st.integers(0, 1), max_size=4), min_size=1, max_size=6),
     min_pages=st.integers(1, 3),
