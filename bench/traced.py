@@ -63,7 +63,8 @@ class TracedLinear(Linear):
         return y
 
     def swiglu(self, x: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
-        if not self._is_small(x):  # two ops: the product, inside, and the activation
+        fused = self._is_small(x) if isinstance(self.weight, torch.Tensor) else self._takes_packed(x)
+        if not fused:  # two ops: the product, inside, and the activation
             with recorded_span("op:activation"):
                 y = super().swiglu(x, backend=backend)
             self.work.add("activation", 0.0, 3 * _size(y))

@@ -15,7 +15,7 @@ import torch
 from specialize.errors import InputError
 
 from .config import ModelConfig
-from .layout import layer_linears
+from .layout import layer_linears, num_parameters
 from .memory import available_memory_bytes, process_bytes
 from .quantize import Quantization, quantized_bytes
 from .scheduler import EngineConfig
@@ -53,10 +53,16 @@ def engine_limits(config: ModelConfig, engine: EngineConfig, device_type: str) -
     return Limits(max_batch_tokens, max_sequences, min(engine.max_context or config.max_context, config.max_context))
 
 
-def packed_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+def packed_bytes(config: ModelConfig, dtype: torch.dtype, quantization: Quantization | None = None) -> int:
     """Bytes of the second, blocked copies that a bf16 CPU model makes of its linear layers and head."""
-    copied = sum(f.in_features * f.out_features for i in range(config.num_layers) for f in layer_linears(config, i))
-    return (copied + config.vocab_size * config.hidden_size) * dtype.itemsize
+    linears = [f for i in range(config.num_layers) for f in layer_linears(config, i)]
+    blocks = sum(f.in_features * f.out_features for f in linears)
+    head = config.vocab_size * config.hidden_size
+    if quantization is None:
+        return (blocks + head) * dtype.itemsize
+    dense = num_parameters(config) - blocks - (head if quantization.head and not config.tied_embeddings else 0)
+    quantised = quantized_bytes(config, quantization, dtype) - dense * dtype.itemsize
+    return quantised + (0 if quantization.head else head * dtype.itemsize)
 
 
 def page_bytes(config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
@@ -216,7 +222,7 @@ def plan_generation(
     limits = engine_limits(config, engine, device_type)
     stored = KV_DTYPES[kv_dtype] if kv_dtype else dtype
     on_cpu = device_type == "cpu"
-    packed = packed_bytes(config, dtype) if on_cpu and packs and quantization is None else 0
+    packed = packed_bytes(config, dtype, quantization) if on_cpu and packs else 0
     if packed > memory_bytes / 4:
         packed = 0
     workspace = workspace_bytes(config, limits.max_batch_tokens, limits.max_sequences, dtype, quantization)
@@ -277,15 +283,18 @@ def plan_on_device(
     return plan_generation(
         config, engine, dtype=dtype, memory_bytes=engine.memory_bytes or there, process_bytes=held,
         device="cpu" if device.type == "cpu" else str(device), quantization=quantization, kv_dtype=kv_dtype,
-        packs=packs_weights(dtype, device), loaded=loaded, model=model,
+        packs=packs_weights(dtype, device, quantization), loaded=loaded, model=model,
     )  # fmt: skip
 
 
-def packs_weights(dtype: torch.dtype, device: torch.device | str) -> bool:
+def packs_weights(dtype: torch.dtype, device: torch.device | str, quantization: Quantization | None = None) -> bool:
     """Whether this machine has a product over packed weights for models of this dtype."""
+    from ..kernels import cpu_quantized
     from .linear import can_prepack
 
-    return torch.device(device).type == "cpu" and can_prepack(torch.empty(1, 1, dtype=dtype))
+    if torch.device(device).type != "cpu" or not can_prepack(torch.empty(1, 1, dtype=dtype)):
+        return False
+    return quantization is None or cpu_quantized.available()
 
 
 def gigabytes(size: int) -> str:

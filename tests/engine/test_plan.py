@@ -97,7 +97,8 @@ def test_packed_copies_are_for_those_with_room():
     shape = SHAPES["smollm2-135m"]
     assert plan_generation(shape, memory_bytes=2 << 30, **settings).packed_bytes == packed_bytes(shape, torch.bfloat16)
     assert plan_generation(shape, memory_bytes=1 << 30, **settings).packed_bytes == 0
-    assert plan_generation(shape, memory_bytes=2 << 30, **settings, quantization=Quantization("int8")).packed_bytes == 0
+    int8 = plan_generation(shape, memory_bytes=1 << 30, **settings, quantization=Quantization("int8"))
+    assert 0.5 < int8.packed_bytes / packed_bytes(shape, torch.bfloat16) < 0.7  # the head's copy is in bf16
 
 
 def test_more_than_the_machine_has_is_refused(monkeypatch):
