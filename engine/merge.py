@@ -10,9 +10,20 @@ import torch
 from specialize.errors import InputError
 
 from .adapter_format import load_modules
+from .config import read_json
 from .convert import convert
 from .layout import layer_linears
+from .quantize import quantization_of
 from .weights import open_checkpoint
+
+
+def check_mergeable(source: str | Path) -> None:
+    """Raises InputError where ``source`` is a folder of quantised weights."""
+    config = Path(source) / "config.json"
+    if config.is_file():
+        stored = quantization_of(read_json(config), str(config))
+        if stored is not None:
+            raise InputError(f"{source}: its weights are {stored}; merge into the folder that it was made from")
 
 
 def merge_checkpoint(
@@ -28,6 +39,7 @@ def merge_checkpoint(
     W + s·B A, with DoRA's row lengths where there are some, is taken in fp32 and rounded once, to ``dtype`` or the
     source's. Raises InputError where the adapter belongs to another base, the base is quantised or the target exists.
     """
+    check_mergeable(source)
     saved = load_modules(adapter)
     config, _ = open_checkpoint(source)
     shapes = {

@@ -224,7 +224,10 @@ def tune_file(
     ).require()  # before minutes of loading
     model = load_model(Model, model_path, dtype, device, quantize)
     if merge_out is not None:
+        from .engine.merge import check_mergeable
+
         _check_new_folder("--merge-out", merge_out)
+        check_mergeable(model_path)
     total = round(epoch_tokens(examples) * settings.epochs)
     operations_share = work_seconds = 0.0
     with reporter.bar("tune", total, "tokens") as bar:

@@ -1,12 +1,14 @@
 """A base and an adapter written as one checkpoint, against transformers with PEFT."""
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from specialize.engine.merge import merge_checkpoint
 from specialize.engine.model import Model
+from specialize.engine.quantize import Quantization
 
 from specialize.errors import InputError
 
@@ -71,4 +73,9 @@ def test_what_does_not_belong_together_is_told(tmp_path):
         merge_checkpoint(tmp_path / "a" / "base", tmp_path / "b" / "adapter", tmp_path / "out")
     with pytest.raises(InputError, match="exists already; give a new folder"):
         merge_checkpoint(tmp_path / "a" / "base", tmp_path / "a" / "adapter", tmp_path / "a" / "base")
+    config = tmp_path / "a" / "base" / "config.json"
+    quantised = {**json.loads(config.read_text()), "quantization_config": Quantization.parse("nf4").to_dict()}
+    config.write_text(json.dumps(quantised))
+    with pytest.raises(InputError, match="its weights are nf4"):
+        merge_checkpoint(tmp_path / "a" / "base", tmp_path / "a" / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -26,6 +27,12 @@ def test_packing_keeps_every_row_once_and_the_budget(lengths, budget):
     if lengths and max(lengths) <= budget:  # no two bins could have been one
         used = sorted(sum(lengths[i] for i in b) for b in bins)
         assert len(bins) == 1 or used[0] + used[1] > budget
+
+
+def test_best_fit_fills_the_budget():
+    generator = np.random.default_rng(0)
+    lengths = np.clip(generator.normal(380, 95, 1000), 16, 512).astype(int).tolist()  # like abstracts with a question
+    assert sum(lengths) / (len(pack(lengths, 4096)) * 4096) >= 0.98
 
 
 def test_an_epoch_shows_every_row_once_in_an_order_of_its_own():

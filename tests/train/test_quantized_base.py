@@ -51,6 +51,23 @@ def test_gradients_equal_those_over_the_dequantised_base(raw, form, targets, che
             assert (mine - expected).norm() <= 1e-3 * expected.norm(), path
 
 
+@pytest.mark.parametrize("options", [{"dora": True}, {"init": "pissa"}, {"dora": True, "dropout": 0.3}], ids=str)
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+def test_variants_know_the_quantised_values(form, options):
+    """Row lengths and singular vectors are those of what the quantised base computes with."""
+    found = []
+    for model in bases(LLAMA, form):
+        lora = TrainableLora(model, rank=4, seed=1, **options)
+        lora.flat += torch.randn(lora.flat.shape, generator=torch.Generator().manual_seed(2)) * 0.05
+        lora.refresh()
+        part = build_micro_batches(rows(4), max_batch_tokens=1000, device="cpu")[0]
+        logp = model.logits(model.forward(part.batch, adapters=lora, rows=part.loss_rows)).log_softmax(-1)
+        (-(logp[torch.arange(len(part.targets)), part.targets] * part.weights).sum()).backward()
+        lora.collect()
+        found.append(lora.gradient)
+    assert (found[0] - found[1]).norm() <= 1e-3 * found[1].norm()
+
+
 def test_the_loop_runs_over_a_quantised_base_with_the_same_losses(tmp_path):
     config = TrainConfig(rank=4, epochs=2, batch_size=4, learning_rate=1e-2)
     results = [

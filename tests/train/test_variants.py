@@ -83,15 +83,19 @@ def stirred(lora, seed=3):
 
 
 PATTERNS = {
-    "rank_pattern": {"layers.1.self_attn.q_proj": 2, "k_proj": 3},
-    "alpha_pattern": {r"layers\.0\..*v_proj": 5, "down_proj": 20},
+    "Llama": {
+        "rank_pattern": {"layers.1.self_attn.q_proj": 2, "v_proj": 3},
+        "alpha_pattern": {r"layers\.0\..*v_proj": 5, "down_proj": 20},
+    },
+    "Mpt": {"rank_pattern": {"blocks.1.attn.Wqkv": 2}, "alpha_pattern": {r"blocks\.0\..*down_proj": 5, "Wqkv": 20}},
 }
+SAME_NAMES = {"use_dora": "dora", "use_rslora": "rank_stabilized", "layers_to_transform": "layers"}
 VARIANTS = {
-    "dora": ({"use_dora": True}, {"dora": True}),
-    "dora rslora": ({"use_dora": True, "use_rslora": True}, {"dora": True, "rank_stabilized": True}),
-    "patterns": (PATTERNS, PATTERNS),
-    "patterns dora": ({**PATTERNS, "use_dora": True}, {**PATTERNS, "dora": True}),
-    "layers": ({"layers_to_transform": [1]}, {"layers": (1,)}),
+    "dora": {"use_dora": True},
+    "dora rslora": {"use_dora": True, "use_rslora": True},
+    "patterns": {},
+    "patterns dora": {"use_dora": True},
+    "layers": {"layers_to_transform": [1]},
 }
 
 
@@ -99,12 +103,10 @@ VARIANTS = {
 @pytest.mark.parametrize("kind", ["Llama", "Mpt"])
 @pytest.mark.parametrize("names", [ALL, SOME], ids=["all", "some"])
 def test_logits_and_gradients_equal_those_of_peft(variant, kind, names, tiny, tmp_path):
-    if kind == "Mpt" and "patterns" in variant:
-        pytest.skip("the patterns name llama's modules")
-    if names is SOME and "patterns" in variant:
-        pytest.skip("the patterns name modules that are not adapted")
     theirs, ours = tiny(kind)
-    their_options, our_options = VARIANTS[variant]
+    patterns = PATTERNS[kind] if "patterns" in variant else {}
+    their_options = {**VARIANTS[variant], **patterns}
+    our_options = {SAME_NAMES.get(name, name): value for name, value in their_options.items()}
     peft = peft_model(theirs, names[kind], **their_options)
     peft.save_pretrained(tmp_path)
     lora = TrainableLora(ours, rank=4, alpha=12, targets=names[kind], **our_options)
