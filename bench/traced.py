@@ -40,10 +40,6 @@ def _size(*tensors: torch.Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _weight_bytes(weight: Any) -> int:
-    return _size(weight) if isinstance(weight, torch.Tensor) else weight.num_bytes
-
-
 class TracedLinear(Linear):
     """A linear layer over the same weights."""
 
@@ -54,7 +50,7 @@ class TracedLinear(Linear):
 
     def _count(self, x: torch.Tensor, y: torch.Tensor) -> None:
         operations = 2.0 * x.shape[0] * self.in_features * self.out_features
-        self.work.add("linear", operations, _weight_bytes(self.weight) + _size(x, y))
+        self.work.add("linear", operations, self.num_bytes + _size(x, y))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         with recorded_span("op:linear"):
@@ -146,7 +142,7 @@ class TracedLora(TrainableLora):
         rank = pair.rank if pair else 0
         operations = 2.0 * x.shape[0] * (linear.in_features * linear.out_features)
         update = 2.0 * x.shape[0] * rank * (linear.in_features + linear.out_features)
-        moved = _weight_bytes(linear.weight) + _size(x, y)
+        moved = linear.num_bytes + _size(x, y)
         if pair is not None:  # without an adapter the layer itself counts
             self.work.add("linear", operations + update, moved)
         if (layer_id, name) not in self._seen:  # a second time is a recomputation in the backward pass
@@ -185,5 +181,5 @@ class TracedTrainer(Trainer):
             loss = super()._loss(micro)
         head, config = self.model.head_weight, self.model.config
         products = 4.0 * micro.num_response_tokens * config.vocab_size * config.hidden_size
-        self.work.add("loss", products, 2 * _weight_bytes(head))
+        self.work.add("loss", products, 2 * _size(head))
         return loss

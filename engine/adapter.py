@@ -118,8 +118,8 @@ def merge_adapter(model: Model, adapter: Adapter) -> None:
         stretch = row_stretch(adapted, adapter)
         if stretch is not None:
             merged *= 1.0 + stretch[:, None]
-        if isinstance(linear.weight, torch.Tensor):
-            linear.replace(merged.to(linear.weight.dtype), linear.bias)
+        if not linear.quantized:
+            linear.replace(merged.to(model.dtype), linear.bias)
         else:
             assert model.quantization is not None
             path = linear_path(adapted.layer_id, adapted.name)

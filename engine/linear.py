@@ -20,12 +20,22 @@ class Linear:
     With ``prepack`` a bf16 CPU layer keeps, from the first small batch on, a blocked copy: for AMX tiles by our own
     twin, else by oneDNN. Up to ``PACKED_ROWS`` rows it is 1.3 to 2 times faster than the plain layout, above that
     slower. It costs the weights' memory once more and applies only where no gradient is wanted. A quantised layer is
-    packed likewise and then used for any number of rows, with bf16 activations.
+    packed at its first use with bf16 activations, in place of its plain form, and used so for any number of rows.
     """
 
     PACKED_ROWS = 256
 
-    __slots__ = ("_gated", "_packed", "bias", "prepack", "weight")
+    __slots__ = (
+        "_gated",
+        "_packed",
+        "_weight",
+        "bias",
+        "in_features",
+        "num_bytes",
+        "out_features",
+        "prepack",
+        "quantized",
+    )
 
     def __init__(
         self, weight: torch.Tensor | QuantizedWeight, bias: torch.Tensor | None = None, *, prepack: bool = False
@@ -35,18 +45,30 @@ class Linear:
 
     def replace(self, weight: torch.Tensor | QuantizedWeight, bias: torch.Tensor | None) -> None:
         """Takes new weights in place of the old ones."""
-        self.weight, self.bias = weight, bias
+        self._weight: torch.Tensor | QuantizedWeight | None = weight
+        self.bias = bias
+        self.out_features, self.in_features = weight.shape
+        self.quantized = not isinstance(weight, torch.Tensor)
+        self.num_bytes = weight.nbytes if isinstance(weight, torch.Tensor) else weight.num_bytes
         self._packed: Any | None = None
         self._gated: Any | None = None
         self.prepack = self.prepack and can_prepack(weight)
 
     @property
-    def in_features(self) -> int:
-        return self.weight.shape[1]
+    def weight(self) -> torch.Tensor | QuantizedWeight:
+        """W, dense or quantised; a quantised one that is kept in its packed order only is put in the plain one anew."""
+        if self._weight is not None:
+            return self._weight
+        packed = self._packed if self._packed is not None else self._gated
+        assert packed is not None
+        return packed.unpack()
 
-    @property
-    def out_features(self) -> int:
-        return self.weight.shape[0]
+    def _pack_quantized(self, *, gated: bool) -> cpu_quantized.PackedQuantized:
+        weight = self.weight
+        assert not isinstance(weight, torch.Tensor)
+        packed = cpu_quantized.PackedQuantized(weight, self.bias, gated=gated)
+        self._weight = None  # the packed form holds all of it
+        return packed
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight [out, in]: as it is, or dequantised to ``dtype``."""
@@ -60,34 +82,36 @@ class Linear:
         return self.prepack and x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if not isinstance(self.weight, torch.Tensor):
-            if not self._takes_packed(x):
-                return quantized_linear(x, self.weight, self.bias)
-            if self._packed is None:
-                self._packed = cpu_quantized.PackedQuantized(self.weight, self.bias)
-            return self._packed(x)
+        if self.quantized:
+            if self._takes_packed(x):
+                if self._packed is None:
+                    self._packed = self._pack_quantized(gated=False)
+                return self._packed(x)
+            weight = self.weight
+            assert not isinstance(weight, torch.Tensor)
+            return quantized_linear(x, weight, self.bias)
         if not self._is_small(x):
-            return F.linear(x, self.weight, self.bias)
+            return F.linear(x, self._weight, self.bias)  # type: ignore[arg-type]
         if cpu_linear.available():
             if self._packed is None:
-                self._packed = cpu_linear.PackedLinear(self.weight, self.bias)
+                self._packed = cpu_linear.PackedLinear(self.dense(x.dtype), self.bias)
             return self._packed(x)
         if self._packed is None:
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, 32)
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(self._weight, 32)
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
 
     def swiglu(self, x: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
         """``silu(gate) * up`` of a layer whose rows are [gate; up]: [T, in] -> [T, out / 2]."""
         if backend is not None:
             return swiglu(self(x), backend=backend)
-        if not isinstance(self.weight, torch.Tensor):
+        if self.quantized:
             if self._takes_packed(x):
                 if self._gated is None:
-                    self._gated = cpu_quantized.PackedQuantized(self.weight, self.bias, gated=True)
+                    self._gated = self._pack_quantized(gated=True)
                 return self._gated(x)
         elif self._is_small(x) and cpu_linear.available():
             if self._gated is None:
-                self._gated = cpu_linear.PackedLinear(self.weight, self.bias, gated=True)
+                self._gated = cpu_linear.PackedLinear(self.dense(x.dtype), self.bias, gated=True)
             return self._gated(x)
         return swiglu(self(x), backend=backend)
 

@@ -36,6 +36,7 @@ from .layout import (
     LinearPart,
     layer_linears,
     layer_norms,
+    num_parameters,
     top_path,
 )
 from .linear import Linear
@@ -120,7 +121,9 @@ class Model:
         if self.device.type == "cpu":
             keep_freed_memory()
             # Packed copies double the weights; they are for machines with room to spare.
-            self._prepack &= quantized_bytes(config, quantization, dtype) < available_memory_bytes(self.device) / 4
+            # Quantised ones are packed in place.
+            if quantization is None:
+                self._prepack &= num_parameters(config) * dtype.itemsize < available_memory_bytes(self.device) / 4
 
         def take(name: str) -> torch.Tensor:
             return tensors[name].to(device=self.device, dtype=dtype)

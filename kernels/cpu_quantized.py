@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from dataclasses import replace
 
 import torch
 
@@ -20,6 +21,7 @@ from .nf4 import BLOCK, CODEBOOK, NF4Weight, absmax_of
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _PANEL = 32
 LIMITS = {1: 127.0, 2: 32512.0}  # the largest integer of a row of activations: 127, or 127 · 256
+_NOTHING = torch.empty(0, dtype=torch.uint8)
 SMALLEST = 1e-30  # rows whose largest magnitude is below count as zeros
 
 
@@ -34,7 +36,8 @@ def _library() -> ctypes.CDLL:
     library.quantized_linear.argtypes = [_INT, _POINTER, _LONG, *[_POINTER] * 6, *[_LONG] * 3, _INT, _INT, _INT]
     library.dequantize_nf4.argtypes = [*[_POINTER] * 4, _INT, _LONG, _LONG, _INT]
     library.dequantize_channelwise.argtypes = [_POINTER, _LONG, *[_POINTER] * 3, _INT, _LONG, _LONG, _INT]
-    for name in ("free", "pack"):
+    library.quantized_linear_unpack.argtypes = [_INT, _POINTER, _LONG, _LONG, _INT, _POINTER, _INT]
+    for name in ("free", "pack", "unpack"):
         getattr(library, f"quantized_linear_{name}").restype = None
     library.quantized_linear.restype = library.dequantize_nf4.restype = library.dequantize_channelwise.restype = None
     return library
@@ -132,10 +135,25 @@ class PackedQuantized:
         library.quantized_linear_pack(
             self._kind, values.data_ptr(), stride, self._num_out, self._num_in, gated, self._packed, cpu.num_threads()
         )
+        self._small = (
+            replace(weight, codes=_NOTHING) if isinstance(weight, NF4Weight) else replace(weight, values=_NOTHING)
+        )
         # A decode step makes hundreds of small calls: what they have in common is looked up once.
         held = (_table("nf4"), self._absmax, self._scales, self._bias)
         self._operands = (self._packed, *(None if tensor is None else tensor.data_ptr() for tensor in held))
         self._run = library.quantized_linear
+
+    def unpack(self) -> NF4Weight | ChannelWeight:
+        """The weight that was packed, whose plain form need not be kept beside this one."""
+        kinds = {0: torch.int8, 1: torch.float8_e4m3fn, 2: torch.uint8}
+        shape = (self._num_in // BLOCK, self._num_out, BLOCK // 2) if self._kind == 2 else (self._num_out, self._num_in)
+        values = torch.empty(shape, dtype=kinds[self._kind])
+        _library().quantized_linear_unpack(
+            self._kind, self._packed, self._num_out, self._num_in, self._gated, values.data_ptr(), cpu.num_threads()
+        )
+        if isinstance(self._small, NF4Weight):
+            return replace(self._small, codes=values)
+        return replace(self._small, values=values)
 
     def __del__(self) -> None:
         if getattr(self, "_packed", None):

@@ -273,10 +273,28 @@ void linear_decoded(const bf16* x, int64_t stride, const char* packed, const flo
 
 enum Kind { INT8, FP8_E4M3, NF4_BLOCKS };
 
-// Code of element (o, k) in NF4's storage order.
-inline uint32_t nf4_code(const uint8_t* codes, int64_t num_out, int64_t o, int64_t k) {
+// Byte of a panel that holds column j at input k, for elements of one byte that tiles take in groups of `group` inputs.
+inline int64_t value_place(int64_t j, int64_t k, int64_t group) {
+    const int64_t chunk = k / (16 * group), row = k % (16 * group) / group;
+    return (chunk * 2 + j / 16) * 256 * group + row * 16 * group + j % 16 * group + k % group;
+}
+// The same for NF4: columns j and j + 8 share a byte.
+inline int64_t nf4_place(int64_t j, int64_t k) {
+    const int64_t row = k % 32 / 2, lane = j % 8 * 2 + k % 2;
+    return k / 32 * 512 + j / 16 * 256 + row / 4 * 64 + lane * 4 + row % 4;
+}
+
+// Byte of element (o, k) in NF4's storage order; odd elements are in the high four bits.
+inline int64_t nf4_byte(int64_t num_out, int64_t o, int64_t k) {
     const int64_t e = k % NF4_BLOCK;
-    return codes[((k / NF4_BLOCK) * num_out + o) * 32 + e % 16 / 2 * 4 + e / 16] >> (e % 2 * 4) & 15;
+    return ((k / NF4_BLOCK) * num_out + o) * 32 + e % 16 / 2 * 4 + e / 16;
+}
+inline uint32_t nf4_code(const uint8_t* codes, int64_t num_out, int64_t o, int64_t k) {
+    return codes[nf4_byte(num_out, o, k)] >> (k % 2 * 4) & 15;
+}
+inline void put_nf4_code(uint8_t* codes, int64_t num_out, int64_t o, int64_t k, uint32_t code) {
+    uint8_t& byte = codes[nf4_byte(num_out, o, k)];
+    byte = k % 2 ? (byte & 15) | code << 4 : (byte & 0xf0) | code;
 }
 
 template <class T>
@@ -353,18 +371,31 @@ void quantized_linear_pack(int kind, const uint8_t* values, int64_t stride, int6
         for (int64_t j = 0; j < PANEL; j++) {
             const int64_t o = output_of(p, j, num_out, gated);
             for (int64_t k = 0; k < depth; k++) {
-                const int64_t chunk = k / (16 * group), row = k % (16 * group) / group;
-                if (kind != NF4_BLOCKS) {
-                    const uint8_t value = o >= 0 && k < num_in ? values[o * stride + k] : 0;
-                    panel[(chunk * 2 + j / 16) * 256 * group + row * 16 * group + j % 16 * group + k % group] = value;
-                } else if (o >= 0) {
-                    const int64_t lane = j % 8 * 2 + k % 2;
-                    uint8_t* word = panel + chunk * 512 + j / 16 * 256 + row / 4 * 64 + lane * 4;
-                    word[row % 4] |= nf4_code(values, num_out, o, k) << (j % 16 / 8 * 4);
-                }
+                if (kind != NF4_BLOCKS)
+                    panel[value_place(j, k, group)] = o >= 0 && k < num_in ? values[o * stride + k] : 0;
+                else if (o >= 0)
+                    panel[nf4_place(j, k)] |= nf4_code(values, num_out, o, k) << (j % 16 / 8 * 4);
             }
         }
     }
+}
+
+// The way back: values [num_out, num_in] in whole rows, or NF4's codes.
+void quantized_linear_unpack(int kind, const uint8_t* packed, int64_t num_out, int64_t num_in, int gated, uint8_t* values, int threads) {
+    const int64_t panels = num_panels(num_out, gated), group = kind == INT8 ? 4 : 2;
+    const int64_t panel_bytes = PANEL * (kind == NF4_BLOCKS ? num_in / 2 : round_up(num_in, 16 * group));
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t p = 0; p < panels; p++)
+        for (int64_t j = 0; j < PANEL; j++) {
+            const int64_t o = output_of(p, j, num_out, gated);
+            for (int64_t k = 0; o >= 0 && k < num_in; k++) {
+                const uint8_t* from = packed + p * panel_bytes;
+                if (kind != NF4_BLOCKS)
+                    values[o * num_in + k] = from[value_place(j, k, group)];
+                else
+                    put_nf4_code(values, num_out, o, k, from[nf4_place(j, k)] >> (j % 16 / 8 * 4) & 15);
+            }
+        }
 }
 
 // x [rows, num_in] with rows `stride` apart; out [rows, num_out], or [rows, num_out / 2] of silu(gate) * up when gated. absmax and

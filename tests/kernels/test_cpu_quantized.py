@@ -131,12 +131,25 @@ def test_layers_use_it_where_no_gradient_is_wanted(form):
     truth = quantized_linear_reference(x, weight, offset)
     assert worst_row(layer(x), truth.double()) < 2 * EPS and layer._packed is not None
     assert worst_row(layer.swiglu(x), (F.silu(truth[:, :32].float()) * truth[:, 32:].float()).double()) < 6 * EPS
+    assert torch.equal(layer.dense(torch.float32), dequantize(weight, torch.float32))
     before = layer._packed
     with torch.enable_grad():
         x.requires_grad_()
         assert layer(x).requires_grad and layer._packed is before
     layer.replace(QUANTIZERS[form](-dequantize(weight, torch.float32)), offset)
     assert layer._packed is None
+
+
+@needs_amx
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("form", QUANTIZERS)
+def test_packing_loses_nothing(form, gated):
+    for num_out, num_in in ((2, 64), (70, 128), (34, 192), (3072, 64)):
+        _, weight, _ = operands(form, 1, num_out, num_in)
+        back = cpu_quantized.PackedQuantized(weight, None, gated=gated).unpack()
+        assert type(back) is type(weight)
+        for name, tensor in vars(weight).items():
+            assert torch.equal(getattr(back, name).float(), tensor.float()), name
 
 
 @needs_amx
