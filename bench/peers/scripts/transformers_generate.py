@@ -74,7 +74,7 @@ class Peer:
         from transformers import ContinuousBatchingConfig, GenerationConfig
 
         config = GenerationConfig(max_new_tokens=new_tokens, eos_token_id=-1, pad_token_id=0, **sampling)
-        sizes: dict[str, int] = {}
+        sizes: dict[str, Any] = {}
         if self.model.device.type == "cpu":  # left to itself it takes nearly all the memory there is
             pages = self.batch * -(-self.max_context // PAGE_TOKENS)
             sizes = {"page_size": PAGE_TOKENS, "num_blocks": pages, "max_batch_tokens": 1024}
