@@ -164,6 +164,7 @@ def test_what_libraries_print_does_not_mix_with_answers(tmp_path):
     assert sorted((tmp_path / "log").read_text().split("\n")) == ["", "from C", "hello"]
 
 
+@pytest.mark.slow
 def test_an_environment_is_made_once_and_a_failure_says_why(tmp_path):
     empty = PeerSpec("nothing", "vllm_generate", "nothing", ("pip",))
     said: list[str] = []
