@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ def bar_chart(
 
     ordered = sorted(bars, key=lambda bar: bar.median)
     with matplotlib.rc_context({"svg.hashsalt": "specialize", "svg.fonttype": "none", "font.size": 10}):
-        figure, axes = pyplot.subplots(figsize=(8.0, 1.3 + 0.42 * len(ordered)), layout="constrained")
+        figure, axes = pyplot.subplots(figsize=(8.0, 1.7 + 0.42 * len(ordered)), layout="constrained")
         try:
             axes.barh(
                 [bar.label for bar in ordered], [bar.median for bar in ordered],
@@ -47,13 +48,16 @@ def bar_chart(
                 axes.annotate(
                     f"{bar.median:,.0f}", (bar.p80, place), xytext=(4, 0), textcoords="offset points", va="center"
                 )
-            for label, value in floors:
-                axes.axvline(value, color=FLOOR, linestyle="--", linewidth=1.2, label=f"{label}: {value:,.0f}")
+            for place, (label, value) in enumerate(floors):
+                style = ("--", ":", "-.")[place % 3]
+                axes.axvline(value, color=FLOOR, linestyle=style, linewidth=1.2, label=f"{label}: {value:,.0f}")
             if floors:
-                axes.legend(loc="lower right", frameon=False)
+                figure.legend(loc="outside lower center", frameon=False, ncols=len(floors), fontsize=9)
             axes.set_xlim(0, 1.1 * reach)
-            axes.set_xlabel(f"{unit}{chr(10) + note if note else ''}")
-            axes.set_title(title, loc="left")
+            axes.set_xlabel(unit)
+            figure.suptitle(title, x=0.02, ha="left")
+            if note:
+                axes.set_title(textwrap.fill(note, 90), loc="left", fontsize=8, color="#444444")
             axes.spines[["top", "right"]].set_visible(False)
             path.parent.mkdir(parents=True, exist_ok=True)
             written = [path.with_suffix(".png"), path.with_suffix(".svg")]

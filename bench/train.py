@@ -218,7 +218,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> list[Path]:
     bars = []
     for row in done:
         chosen = row.get("targets", "all")
-        what = chosen if isinstance(chosen, str) else ", ".join(sorted(t.removesuffix("_proj") for t in chosen))
+        what = chosen if isinstance(chosen, str) else ", ".join(t.removesuffix("_proj") for t in chosen)
         for label, prefix, ours in (("specialize", "", True), (TUNING_PEERS[row["peer"]].label, "peer_", False)):
             speed = row.get(f"{prefix}spread") or spread([row[f"{prefix}tokens_per_s"]])
             bars.append(Bar(f"{label} ({what})", speed["median"], speed["p20"], speed["p80"], ours))

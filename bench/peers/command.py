@@ -61,7 +61,7 @@ def _names(_: Any, __: Any, value: str) -> list[str]:
     type=float,
     default=180.0,
     show_default=True,
-    help="A contender whose runs took longer together takes part in two rounds only.",
+    help="A contender whose runs took longer together sits out the rest, after two rounds at least.",
 )
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="bf16", show_default=True)
 @click.option("--quantize", default="", help="Ours also with these weights: a list such as int8,nf4.")
