@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -9,20 +11,34 @@ from .config import ModelConfig
 
 
 class KVCache:
-    """Keys and values of all layers, [P,S,K,D] each, with S tokens in each of P pages."""
+    """Keys and values of all layers, [P,S,K,D] each, with S tokens in each of P pages.
+
+    8-bit pages have ``scales``: (k_scale, v_scale) f32 [K] of each layer, see kv_scales.py.
+    """
 
     def __init__(
-        self, config: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device | str
+        self,
+        config: ModelConfig,
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        scales: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
     ) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
         shape = (num_pages, page_size, config.num_kv_heads, config.head_dim)
         self._layers = [
-            (_zeros(shape, dtype, torch.device(device)), _zeros(shape, dtype, torch.device(device)))
-            for _ in range(config.num_layers)
+            (
+                _zeros(shape, dtype, torch.device(device)),
+                _zeros(shape, dtype, torch.device(device)),
+                *(scales[layer_id] if scales is not None else ()),
+            )
+            for layer_id in range(config.num_layers)
         ]
 
-    def layer(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def layer(self, layer_id: int) -> tuple[torch.Tensor, ...]:
+        """Keys, values, and with 8-bit pages the two scales."""
         return self._layers[layer_id]
 
 

@@ -22,6 +22,7 @@ from .adapter import AdapterPool, load_adapter, merge_adapter
 from .batch import Batch
 from .cache import KVCache
 from .decode_graph import DecodeGraphs
+from .kv_scales import CALIBRATION_TEXT, calibrate, calibration_ids, kv_dtype_of
 from .model import Model
 from .outputs import Outputs
 from .pages import PageAllocator
@@ -96,16 +97,22 @@ class Generator:
         self.model, self.tokenizer, self._span = model, tokenizer, span
         self.config = config = config or EngineConfig()
         on_gpu = model.device.type == "cuda"
+        stored = kv_dtype_of(config.kv_dtype, model.dtype, model.device)
         self.plan = plan_on_device(
-            model.config, config, dtype=model.dtype, device=model.device, quantization=model.quantization, loaded=True
-        ).require()
+            model.config, config, dtype=model.dtype, device=model.device, quantization=model.quantization, loaded=True,
+            kv_dtype=None if config.kv_dtype == "auto" else config.kv_dtype,
+        ).require()  # fmt: skip
         if not self.plan.packed_bytes:
             model.keep_unpacked()
         self.max_sequences, self.max_batch_tokens = self.plan.max_sequences, self.plan.max_batch_tokens
         num_pages = self.plan.num_pages
         self.max_context = min(self.plan.max_context, num_pages * config.page_size)
         self.allocator = PageAllocator(num_pages, config.page_size)
-        self.cache = KVCache(model.config, num_pages, config.page_size, model.dtype, model.device)
+        scales = None
+        if stored != model.dtype:
+            text = None if tokenizer is None else tokenizer.encode(CALIBRATION_TEXT)
+            scales = calibrate(model, calibration_ids(model.config, text), stored)
+        self.cache = KVCache(model.config, num_pages, config.page_size, stored, model.device, scales)
         self._graphs = DecodeGraphs(model, self.cache, self.max_context)
         self.stats = Stats()
         self._warm = False
@@ -133,10 +140,12 @@ class Generator:
         from .tokenizer import Tokenizer
 
         device = choose_device(device)
-        dtype = choose_dtype(dtype, device)
+        dtype, config = choose_dtype(dtype, device), config or EngineConfig()
+        kv_dtype_of(config.kv_dtype, dtype, device)
         plan_on_device(
             read_config(path),
-            config or EngineConfig(),
+            config,
+            kv_dtype=None if config.kv_dtype == "auto" else config.kv_dtype,
             dtype=dtype,
             device=device,
             model=Path(path).name,

@@ -23,6 +23,8 @@ from .prefixes import MIN_PREFIX_TOKENS, PrefixGroups, group_by_prefix
 from .rows import UNKNOWN, Chunk, Rows, Sequence, StepPlan
 from .speculate import PromptLookup, make_drafter
 
+KV_DTYPE_CHOICES = ("auto", "fp32", "bf16", "fp16", "int8", "fp8")
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -35,6 +37,7 @@ class EngineConfig:
     overlap: launch a step before the tokens of the one before it are read (on a GPU, unless said otherwise).
     speculation: "prompt_lookup" drafts what followed the last tokens where they stood before, "auto" only for sequences
     whose drafts are mostly kept; the tokens are those of "off". Drafts look at the newest token, so nothing overlaps.
+    kv_dtype: what the KV cache holds; "auto" the model's dtype, "int8" and "fp8" take half the memory of 16 bits.
     """
 
     page_size: int = 16
@@ -46,8 +49,11 @@ class EngineConfig:
     prefix_cache: bool = True
     overlap: bool | None = None
     speculation: str = "off"
+    kv_dtype: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.kv_dtype not in KV_DTYPE_CHOICES:
+            raise InputError(f"engine: kv_dtype is {self.kv_dtype!r}; allowed: {', '.join(KV_DTYPE_CHOICES)}")
         make_drafter(self.speculation)
         if self.overlap and self.speculation != "off":
             raise InputError("engine: overlap is on and speculation, too; allowed: one of them")

@@ -121,6 +121,13 @@ memory_option = click.option(
     callback=_parse_memory,
     help="Cap for all that this process takes of the device (on a CPU: of the machine), such as 24GB.",
 )
+kv_dtype_option = click.option(
+    "--kv-dtype",
+    type=click.Choice(["auto", "fp32", "bf16", "fp16", "int8", "fp8"]),
+    default="auto",
+    show_default=True,
+    help="What the KV cache holds: the dtype, or 8 bits a number for half the memory.",
+)
 adapter_option = click.option("--adapter", type=click.Path(), help="Adapter folder, as PEFT writes it.")
 
 
@@ -626,6 +633,7 @@ def merge(common: Common, model: str, adapter: Path, out: Path) -> None:
 @adapter_option
 @quantize_option
 @memory_option
+@kv_dtype_option
 @click.option("--tasks", type=click.Path(path_type=Path), help="Task file or folder of them.")
 @click.option("--shots", default="0", show_default=True, help="Examples in the prompt, such as 0,1,5.")
 @click.option("--limit", type=click.IntRange(0), default=0, show_default=True, help="Examples of each task; 0: all.")
@@ -644,6 +652,8 @@ def evaluate(common: Common, run: Path | None, redo: bool, settings: tuple[str, 
       specialize eval r1
       specialize eval --model smollm2-135m-instruct --adapter r1/adapter --tasks tasks/ --shots 0,1,5 --out eval.json
     """
+    if o["kv_dtype"] != "auto" and (run is not None or o["workers"] or o["ray"]):
+        raise InputError(f"eval: --kv-dtype {o['kv_dtype']} belongs to --model without --workers and --ray")
     if run is not None:
         options = {name: o[name] for name in ("workers", "ray", "memory_bytes")}
         _run_stage(common, run, "evaluate", redo, settings=settings, **options)
@@ -672,6 +682,7 @@ def evaluate(common: Common, run: Path | None, redo: bool, settings: tuple[str, 
         seed=o["seed"],
         model_name=o["model"],
         reporter=common.prepare().reporter,
+        kv_dtype=o["kv_dtype"],
         spread=spread,
     )
     if o["out"]:
@@ -706,6 +717,7 @@ _sampling_options = (
     click.option("--repetition-penalty", type=float, default=1.0, show_default=True),
     click.option("--seed", type=int, default=0, show_default=True),
     click.option("--stop", multiple=True, help="Text that ends the reply; may be given several times."),
+    kv_dtype_option,
     click.option(
         "--speculation",
         type=click.Choice(["off", "prompt_lookup", "auto"]),
@@ -787,6 +799,7 @@ def generate(common: Common, prompt: str | None, model: str, adapter: str | None
         quantize=o["quantize"],
         memory_bytes=o["memory_bytes"],
         speculation=o["speculation"],
+        kv_dtype=o["kv_dtype"],
     )
     if o["prompts"] is not None:
         stats = generate_file(generator, o["prompts"], o["out"], params, adapter=name, reporter=common.reporter)
@@ -843,6 +856,7 @@ def chat(common: Common, model: str, adapter: str | None, **o: Any) -> None:
         quantize=o["quantize"],
         memory_bytes=o["memory_bytes"],
         speculation=o["speculation"],
+        kv_dtype=o["kv_dtype"],
     )
     if adapter and not o["stop"]:
         o["stop"] = STOP

@@ -63,13 +63,14 @@ def load_generator(
     quantize: str | None = None,
     memory_bytes: int | None = None,
     speculation: str = "off",
+    kv_dtype: str = "auto",
 ) -> tuple[Any, str | None]:
     """(generator, the adapter's name in it). A single adapter stays beside the weights, so that numbers are its own.
     ``memory_bytes`` caps what the process takes."""
     from .engine.generator import Generator
     from .engine.scheduler import EngineConfig
 
-    config = EngineConfig(memory_bytes=memory_bytes, speculation=speculation)
+    config = EngineConfig(memory_bytes=memory_bytes, speculation=speculation, kv_dtype=kv_dtype)
     generator = Generator.from_pretrained(model, dtype=dtype, device=device, config=config, quantize=quantize)
     return generator, generator.load_adapter(adapter) if adapter else None
 
@@ -275,6 +276,7 @@ def evaluate_model(
     reporter: Reporter,
     quantize: str | None = None,
     memory_bytes: int | None = None,
+    kv_dtype: str = "auto",
     spread: Spread | None = None,
 ) -> dict[str, Any]:
     """The content of ``eval.json`` for one model, with or without an adapter; replies by workers with ``spread``."""
@@ -287,8 +289,9 @@ def evaluate_model(
     with ExitStack() as stack:
         if spread is None:
             generator, name = load_generator(
-                model_path, adapter=adapter, dtype=dtype, device=device, quantize=quantize, memory_bytes=memory_bytes
-            )
+                model_path, adapter=adapter, dtype=dtype, device=device, quantize=quantize, memory_bytes=memory_bytes,
+                kv_dtype=kv_dtype,
+            )  # fmt: skip
         else:
             generator = WorkerPool(
                 model_path, spread, dtype=dtype, device=device, quantize=quantize, memory_bytes=memory_bytes,
