@@ -7,8 +7,9 @@ linear layers, so for adapters); with one it writes keys and values to pages and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -63,6 +64,15 @@ class LayerAdapters(Protocol):
     def linear(self, x: torch.Tensor, linear: Linear, layer_id: int, name: str, batch: Batch) -> torch.Tensor: ...
 
 
+class LayerKeeper(Protocol):
+    """Keeps the matrices of layers in its own way, such as in parts on several devices, and runs a layer's block with
+    them whole."""
+
+    def add(self, layer: Layer) -> None: ...
+
+    def run(self, block: Callable[..., Any], layer: Layer, *arguments: Any) -> Any: ...
+
+
 @dataclass(frozen=True)
 class AdaptedLinear:
     """One linear layer that an adapter may touch: ours, and the checkpoint modules that its rows come from."""
@@ -108,13 +118,16 @@ class Model:
         inference: bool = True,
         backend: str | None = None,
         quantization: Quantization | None = None,
+        keeper: LayerKeeper | None = None,
     ) -> None:
         """Takes tensors by checkpoint name (`layout.expected_tensors`, or those of a quantised folder).
 
         ``inference`` allows packed weight copies. With ``quantization`` the layers' matrices are held quantised: read
-        as they are stored, or quantised from dense tensors, one matrix at a time.
+        as they are stored, or quantised from dense tensors, one matrix at a time. A ``keeper`` gets each layer as soon
+        as it is there.
         """
         check_shapes(config, quantization, "quantize")
+        self._keeper = keeper
         self.quantization = quantization
         self.config, self.dtype, self.device, self.backend = config, dtype, torch.device(device), backend
         self._prepack = inference and self.device.type == "cpu" and dtype == torch.bfloat16
@@ -158,6 +171,8 @@ class Model:
                 window=config.window(layer_id),
             )
             self.layers.append(layer)
+            if keeper is not None:
+                keeper.add(layer)
         self._up_name = "up" if config.mlp == "gelu" else "gate_up"
         self.final_norm = take_norm(top_path(config, FINAL_NORM))
         self.head = self._head(tensors, inference)
@@ -219,6 +234,7 @@ class Model:
         inference: bool = True,
         backend: str | None = None,
         quantize: str | Quantization | None = None,
+        keeper: LayerKeeper | None = None,
     ) -> Model:
         """Reads a Hugging Face folder or a ``.gguf`` file. Raises InputError where it is not a whole, known model.
 
@@ -228,7 +244,14 @@ class Model:
         quantization = agree(Quantization.parse(quantize), stored_quantization(path), path)
         config, tensors = open_checkpoint(path)
         return Model(
-            config, tensors, dtype=dtype, device=device, inference=inference, backend=backend, quantization=quantization
+            config,
+            tensors,
+            dtype=dtype,
+            device=device,
+            inference=inference,
+            backend=backend,
+            quantization=quantization,
+            keeper=keeper,
         )
 
     @staticmethod
@@ -316,13 +339,14 @@ class Model:
         if self.position_embedding is not None:
             x = x + F.embedding(batch.positions, self.position_embedding)
         residual: torch.Tensor | None = None
+        run_block = self._block if self._keeper is None else partial(self._keeper.run, self._block)
         for layer in self.layers:
             wanted = rows if layer is self.layers[-1] else None
             if layer.layer_id < recompute_layers:
                 arguments = (layer, x, residual, batch, None, adapters, wanted)
-                x, residual = checkpoint(self._block, *arguments, use_reentrant=False)
+                x, residual = checkpoint(run_block, *arguments, use_reentrant=False)
             else:
-                x, residual = self._block(layer, x, residual, batch, cache, adapters, wanted)
+                x, residual = run_block(layer, x, residual, batch, cache, adapters, wanted)
         return self._norm(x, self.final_norm, residual)[0]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

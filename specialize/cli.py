@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -521,6 +522,7 @@ def _number_list(option: str, text: str) -> tuple[int, ...]:
     "--recompute", type=click.Choice(["auto", "none", "layers"]), default="auto", show_default=True,
     help="Blocks computed again in the backward pass: as few as memory calls for, none, or all.",
 )  # fmt: skip
+@click.option("--shard", is_flag=True, help="Under torchrun: each process keeps a part of the frozen layers (FSDP2).")
 @click.option(
     "--dry-run", is_flag=True, help="Print where memory would go and how fast it would be; --data is optional."
 )
@@ -533,6 +535,7 @@ def tune(common: Common, run: Path | None, redo: bool, settings: tuple[str, ...]
       specialize tune r1
       specialize tune --model smollm2-135m-instruct --data rows.jsonl --out adapter --rank 8 --epochs 2
       specialize tune --model smollm2-135m-instruct --data rows.jsonl --out adapter --dora --validation 0.1 --patience 2
+      torchrun --nproc-per-node 2 -m specialize tune --model M --data rows.jsonl --out adapter [--shard]
       specialize tune --dry-run --model mpt-30b --quantize nf4 --memory h100-80gb --max-length 4096
     """
     if run is not None:
@@ -540,6 +543,8 @@ def tune(common: Common, run: Path | None, redo: bool, settings: tuple[str, ...]
             raise InputError("tune: give a RUN folder, or --model, --data and --out, not both")
         if o["dry_run"]:
             raise InputError("tune: --dry-run goes with --model, not with a RUN folder")
+        if o["shard"] or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise InputError("tune: torchrun and --shard go with --model and --data, not with a RUN folder")
         _run_stage(common, run, "tune", redo, settings=settings, memory_bytes=_parse_memory(None, None, o["memory"]))
         return
     for name in ("model",) if o["dry_run"] else ("model", "data", "out"):
@@ -575,21 +580,29 @@ def tune(common: Common, run: Path | None, redo: bool, settings: tuple[str, ...]
         from .standalone import check_writable
 
         check_writable(o["stats"])
-    path = existing_model(o["model"], common.reporter)
-    stats = tune_file(
-        path,
-        o["data"],
-        o["out"],
-        Tune(**values),
-        dtype=common.dtype,
-        device=common.device,
-        quantize=o["quantize"],
-        seed=o["seed"],
-        base_model=o["model"],
-        reporter=common.prepare().reporter,
-        changes=changes,
-        merge_out=o["merge_out"],
-    )
+    from .train.distributed import joined, place
+
+    device = place(common.device)
+    with joined(device, shard=o["shard"]) as ranks:
+        reporter = common.prepare().reporter if ranks.is_first else Reporter(mute=True)
+        ranks.first(lambda: existing_model(o["model"], reporter))  # one process fetches
+        stats = tune_file(
+            existing_model(o["model"], reporter),
+            o["data"],
+            o["out"],
+            Tune(**values),
+            dtype=common.dtype,
+            device=device,
+            quantize=o["quantize"],
+            seed=o["seed"],
+            base_model=o["model"],
+            reporter=reporter,
+            changes=changes,
+            merge_out=o["merge_out"],
+            ranks=ranks,
+        )
+    if not ranks.is_first:
+        return
     if o["stats"]:
         o["stats"].write_text(json.dumps(stats, indent=1), encoding="utf-8")
     common.show(

@@ -844,11 +844,13 @@ def load_embedder(name: str) -> Any:
     return Embedder.from_pretrained(model_path(name), dtype=choose_dtype("auto", device), device=device)
 
 
-def load_model(model_class: Any, path: Path, dtype: str, device: str, quantize: str | None = None) -> Any:
-    """The base for training."""
+def load_model(
+    model_class: Any, path: Path, dtype: str, device: str, quantize: str | None = None, keeper: Any = None
+) -> Any:
+    """The base for training; a ``keeper`` gets its layers as they are loaded."""
     from .engine.generator import choose_device, choose_dtype
 
     chosen = choose_device(device)
     return model_class.from_pretrained(
-        path, dtype=choose_dtype(dtype, chosen), device=chosen, inference=False, quantize=quantize
+        path, dtype=choose_dtype(dtype, chosen), device=chosen, inference=False, quantize=quantize, keeper=keeper
     )

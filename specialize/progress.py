@@ -68,13 +68,17 @@ def _span(seconds: float) -> str:
 class Reporter:
     """Where messages and bars go. ``quiet`` or no terminal: plain lines, at most one in ``interval_s`` for a bar."""
 
-    def __init__(self, *, quiet: bool = False, interval_s: float = 15.0):
-        self.plain = quiet or not sys.stderr.isatty()
-        self.quiet = quiet
+    def __init__(self, *, quiet: bool = False, interval_s: float = 15.0, mute: bool = False):
+        """``mute``: another process of the group says it."""
+        self.mute = mute
+        self.plain = quiet or mute or not sys.stderr.isatty()
+        self.quiet = quiet or mute
         self.interval_s = interval_s
         self._progress: Any = None
 
     def say(self, text: str) -> None:
+        if self.mute:
+            return
         if self._progress is not None:
             self._progress.console.print(text, highlight=False, markup=False)
         else:

@@ -192,11 +192,13 @@ def tune_file(
     quantize: str | None = None,
     changes: Mapping[str, Any] | None = None,
     merge_out: Path | None = None,
+    ranks: Any = None,
 ) -> dict[str, Any]:
     """Tune on a user's file; returns tokens, steps, seconds, tokens per second, the losses and what became of the rows.
 
     ``changes`` are settings of the training loop beyond a recipe's. With ``merge_out`` base and adapter are written
-    there as one checkpoint.
+    there as one checkpoint. ``ranks`` is this process's place among those that train together
+    (`train.distributed.joined`).
     """
     from .engine.generator import choose_device, choose_dtype
     from .engine.model import Model
@@ -204,16 +206,19 @@ def tune_file(
     from .engine.tokenizer import Tokenizer
     from .engine.weights import read_config
     from .pipeline import load_model
+    from .train.distributed import ALONE, LayerShards
     from .train.plan import largest_micro_batch, plan_on_device
     from .tune import encode_rows, epoch_tokens, train, train_config
 
+    ranks = ranks or ALONE
     rows = read_training_rows(data)
     tokenizer = Tokenizer.from_pretrained(model_path)
     examples = encode_rows(tokenizer, rows)
     shape, place = read_config(model_path), choose_device(device)
     changes = dict(changes or {})
     config = train_config(settings, epochs=settings.epochs, seed=seed, max_context=shape.max_context, **changes)
-    plan_on_device(
+    ranks.check(config)
+    plan = plan_on_device(
         shape,
         config,
         largest_micro_batch(examples, config),
@@ -222,8 +227,10 @@ def tune_file(
         quantization=agree(Quantization.parse(quantize), stored_quantization(model_path), model_path),
         memory_bytes=config.memory_bytes,
         model=model_path.name,
-    ).require()  # before minutes of loading
-    model = load_model(Model, model_path, dtype, device, quantize)
+    )
+    if not ranks.shards:  # the plan is of whole weights
+        plan.require()  # before minutes of loading
+    model = load_model(Model, model_path, dtype, device, quantize, LayerShards(device) if ranks.shards else None)
     if merge_out is not None:
         from .engine.merge import check_mergeable
 
@@ -244,7 +251,9 @@ def tune_file(
                 f"step {step.step}/{step.num_steps}, loss {step.loss:.3f}, MFU {100 * step.mfu:.0f} %",
             )
 
-        result = train(model, examples, config, out, base_model=base_model, source=model_path, on_step=show)
+        result = train(
+            model, examples, config, out, base_model=base_model, source=model_path, on_step=show, ranks=ranks
+        )
     keys = ("steps", "tokens", "response_tokens", "seconds", "losses", "val_losses", "best_step", "stopped_early",
             "num_examples", "num_truncated", "num_dropped", "num_parameters", "micro_batches",
             "budget_filled")  # fmt: skip
@@ -253,7 +262,7 @@ def tune_file(
     found["mfu"] = round(operations_share / work_seconds, 4) if work_seconds else None
     found["tokens_per_second"] = round(result["tokens"] / max(result["seconds"], 1e-9), 2)
     found |= {"rows": len(rows), "adapter": str(out), "dtype": str(model.dtype).removeprefix("torch.")}
-    if merge_out is not None:
+    if merge_out is not None and ranks.is_first:
         from .engine.merge import merge_checkpoint
 
         found["merged"] = str(merge_checkpoint(model_path, out, merge_out, dtype=merged_dtype(model_path, model.dtype)))

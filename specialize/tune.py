@@ -78,9 +78,12 @@ def train(
     base_model: str,
     source: Path | None = None,
     on_step: Callable[[Any], None] | None = None,
+    ranks: Any = None,
 ) -> dict[str, Any]:
     """Train into ``out`` (or find it finished there) and return the result as plain values. Where TensorBoard is
-    installed its events go to ``out/events``. ``source`` is the base's folder or file."""
+    installed its events go to ``out/events``. ``source`` is the base's folder or file, ``ranks`` this process's place
+    among those that train together."""
+    from .train.distributed import ALONE
     from .train.events import EventLog
     from .train.loop import tune
 
@@ -92,7 +95,9 @@ def train(
             on_step(report)
 
     try:
-        result = tune(model, examples, config, out, base_model=base_model, source=source, on_step=step_done)
+        result = tune(
+            model, examples, config, out, base_model=base_model, source=source, on_step=step_done, ranks=ranks or ALONE
+        )
     finally:
         events.close()
     found = dataclasses.asdict(result)

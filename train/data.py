@@ -183,8 +183,10 @@ def build_micro_batches(
     max_batch_tokens: int,
     device: torch.device | str,
     normalise: str = "tokens",
+    bins: Sequence[Sequence[int]] | None = None,
 ) -> list[MicroBatch]:
-    """Packs the rows of one optimizer step. The weights of all micro-batches together sum to 1.
+    """Packs the rows of one optimizer step. The weights of all micro-batches together sum to 1; with ``bins`` (places
+    of the rows of each) only these are made, and the weights are what they would be among all.
 
     "tokens" gives every response token the same say, "examples" every row; a row's ``weight`` multiplies either.
     """
@@ -197,7 +199,7 @@ def build_micro_batches(
     total = sum(w * len(e.response_ids) for w, e in zip(per_token, examples, strict=True))
     scale = 1.0 / total if total > 0 else 0.0
     micro_batches = []
-    for indices in pack([e.num_tokens for e in examples], max_batch_tokens):
+    for indices in pack([e.num_tokens for e in examples], max_batch_tokens) if bins is None else bins:
         sequences, loss_rows, targets, weights, start = [], [], [], [], 0
         for i in indices:
             prompt, response = list(examples[i].prompt_ids), list(examples[i].response_ids)

@@ -33,6 +33,7 @@ from .data import (
     fit_examples,
     step_indices,
 )
+from .distributed import ALONE, Ranks
 from .full import FullParameters
 from .lora import TrainableLora
 from .parameters import Trainable
@@ -77,19 +78,23 @@ def tune(
     source: str | Path | None = None,
     resume: bool = True,
     on_step: Callable[[StepReport], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> TrainResult:
     """Trains on ``examples`` and writes an adapter, or with method "full" a checkpoint, to the folder ``out``, with
     metrics.jsonl beside it. ``base_model`` is the name that the adapter's file gives its base; ``source``, its folder
-    or file, lends a checkpoint its tokenizer. Method "full" changes ``model`` itself.
+    or file, lends a checkpoint its tokenizer. Method "full" changes ``model`` itself. With ``ranks`` of several
+    processes each takes its share of every step; the first one writes and calls ``on_step``, and all return the result.
 
     With ``resume`` a run that was interrupted goes on from its checkpoint, and one that had ended returns its result at
     once. Raises InputError for unusable rows or settings, and for a checkpoint made with others; LossNotFiniteError
     when the loss is no number, naming the rows, with the last good checkpoint kept.
     """
     trainer = Trainer(
-        model, examples, config, out, val_examples=val_examples, base_model=base_model, source=source, on_step=on_step
-    )
-    return trainer.run(resume=resume)
+        model, examples, config, out, val_examples=val_examples, base_model=base_model, source=source, on_step=on_step,
+        ranks=ranks,
+    )  # fmt: skip
+    with ranks.watched():
+        return trainer.run(resume=resume)
 
 
 class Trainer:
@@ -110,8 +115,9 @@ class Trainer:
         source: str | Path | None = None,
         on_step: Callable[[StepReport], None] | None = None,
         shuffle: bool = True,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.model, self.config, self.out, self.shuffle = model, config, Path(out), shuffle
+        self.model, self.config, self.out, self.shuffle, self.ranks = model, config, Path(out), shuffle, ranks
         self.base_model, self.source, self.on_step = base_model, source, on_step
         limit = min(config.max_length or config.max_batch_tokens, config.max_batch_tokens, model.config.max_context)
         fitted, self.fit = fit_examples(examples, max_length=limit, long_examples=config.long_examples)
@@ -136,6 +142,7 @@ class Trainer:
             model.config, config, largest_micro_batch(self.examples, config), dtype=model.dtype, device=model.device,
             quantization=model.quantization, memory_bytes=config.memory_bytes, loaded=True,
         ).require()  # fmt: skip
+        ranks.check(config)
         self.trainable = make_trainable(model, config)
         self.parameters = []
         for group in self.trainable.groups:
@@ -154,19 +161,15 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16, init_scale=2.0**14)
         self.state = TrainState()
         self._saved_at = 0.0
-        self._ahead: tuple[int, list[MicroBatch]] | None = None
+        self._ahead: tuple[int, _Share] | None = None
 
     def run(self, *, resume: bool = True) -> TrainResult:
         """Trains to the end, from the checkpoint where there is one, and writes the adapter."""
-        self.out.mkdir(parents=True, exist_ok=True)
         if resume:
-            finished = self._finished()
+            finished = self.ranks.first(self._finished)
             if finished is not None:
                 return finished
-            self._restore()
-        else:
-            for name in (CHECKPOINT_FILE, RESULT_FILE, METRICS_FILE, BEST_FILE):
-                (self.out / name).unlink(missing_ok=True)
+        self._restore(self.ranks.first(self._checkpoint if resume else self._clear))
         if self.val_examples and not self.state.val_losses:
             self._validate()
         pending: _Pending | None = None
@@ -198,16 +201,17 @@ class Trainer:
         """One optimizer step: gradients of all its micro-batches, clipping, update. Does not wait for the device."""
         config, trainable = self.config, self.trainable
         step = self.state.step
-        micro_batches = self._micro_batches(step)
+        share = self._share(step)
         trainable.training = True
         trainable.gradient.zero_()
         losses = []
-        for micro_id, micro in enumerate(micro_batches):
+        for micro_id, micro in enumerate(share.micro_batches, share.first_id):
             trainable.set_dropout_seed(_mix(config.seed, step, micro_id))
             loss = self._loss(micro)
             self.scaler.scale(loss).backward()
             trainable.collect()
             losses.append(loss.detach())
+        self.ranks.sum_(trainable.gradient)
         rate = config.learning_rate * learning_rate_factor(
             step, num_steps=self.num_steps, num_warmup_steps=self.num_warmup_steps, schedule=config.schedule,
             min_factor=config.min_learning_rate_ratio,
@@ -224,11 +228,11 @@ class Trainer:
         self.state.step += 1
         pending = _Pending(
             step=self.state.step,
-            numbers=_to_host(torch.stack([norm, *losses])),
+            numbers=_to_host(torch.cat([norm[None], share.all_losses(losses, self.ranks)])),
             learning_rate=rate,
-            names=tuple(m.names for m in micro_batches),
-            tokens=sum(m.num_tokens for m in micro_batches),
-            response_tokens=sum(m.num_response_tokens for m in micro_batches),
+            names=share.names,
+            tokens=share.tokens,
+            response_tokens=share.response_tokens,
         )
         if self.state.step < self.num_steps:  # packed and copied while the device still works on this step
             self._ahead = (self.state.step, self._build(self._rows(self.state.step)))
@@ -241,16 +245,28 @@ class Trainer:
         )  # fmt: skip
         return [self.examples[i] for i in indices]
 
-    def _micro_batches(self, step: int) -> list[MicroBatch]:
-        """Those of the step, from the one that was prepared ahead if it is this."""
+    def _share(self, step: int) -> _Share:
+        """What this process does of the step, from the one that was prepared ahead if it is this."""
         ahead, self._ahead = self._ahead, None
         return ahead[1] if ahead is not None and ahead[0] == step else self._build(self._rows(step))
 
-    def _build(self, examples: Sequence[TrainExample]) -> list[MicroBatch]:
-        return build_micro_batches(
-            examples, max_batch_tokens=self.config.max_batch_tokens, device=self.model.device,
-            normalise=self.config.normalise,
-        )  # fmt: skip
+    def _build(self, examples: Sequence[TrainExample]) -> _Share:
+        budget, rank = self.config.max_batch_tokens, self.ranks.rank
+        dealt = self.ranks.deal([e.num_tokens for e in examples], budget)
+        settings: dict[str, Any] = {"device": self.model.device, "normalise": self.config.normalise}
+        micro_batches = build_micro_batches(examples, max_batch_tokens=budget, bins=dealt[rank], **settings)
+        if self.ranks.shards:  # gathering a layer needs everybody, so all run as often; a weight of 0 changes nothing
+            idle = replace(min(examples, key=lambda e: e.num_tokens), weight=0.0)
+            for _ in range(max(map(len, dealt)) - len(dealt[rank])):
+                micro_batches += build_micro_batches([idle], max_batch_tokens=budget, **settings)
+        return _Share(
+            micro_batches=micro_batches,
+            first_id=sum(map(len, dealt[:rank])),
+            own=len(dealt[rank]),
+            names=tuple(tuple(examples[i].name for i in indices) for bins in dealt for indices in bins),
+            tokens=sum(e.num_tokens for e in examples),
+            response_tokens=sum(len(e.response_ids) for e in examples),
+        )
 
     def _loss(self, micro: MicroBatch) -> torch.Tensor:
         """The micro-batch's share of the step's loss, f32 scalar; only positions with a loss are projected."""
@@ -278,9 +294,11 @@ class Trainer:
     def _validate(self) -> float:
         """Mean loss over the validation rows' response tokens, kept with the number of steps done."""
         self.trainable.training = False
-        loss = float(sum(self._loss(micro) for micro in self._build(self.val_examples)))
+        share = self._build(self.val_examples)
+        losses = share.all_losses([self._loss(micro) for micro in share.micro_batches], self.ranks)
+        loss = float(sum(losses))
         self.state.val_losses.append((self.state.step, loss))
-        if self.config.keep_best and self._best_step() == self.state.step:
+        if self.ranks.is_first and self.config.keep_best and self._best_step() == self.state.step:
             # A resumed run comes by here again with the same numbers, so the file need not be the checkpoint's part.
             tensors = {"parameter": self.trainable.flat}
             save_checkpoint(self.out / BEST_FILE, tensors, {"fingerprint": self.fingerprint, "step": self.state.step})
@@ -328,10 +346,11 @@ class Trainer:
             mfu=self._utilisation(pending.tokens, pending.response_tokens, seconds),
             val_loss=val_loss,
         )
-        with open(self.out / METRICS_FILE, "a", encoding="utf-8") as file:
-            file.write(json.dumps({k: v for k, v in asdict(report).items() if v is not None}) + "\n")
-        if self.on_step is not None:
-            self.on_step(report)
+        if self.ranks.is_first:
+            with open(self.out / METRICS_FILE, "a", encoding="utf-8") as file:
+                file.write(json.dumps({k: v for k, v in asdict(report).items() if v is not None}) + "\n")
+            if self.on_step is not None:
+                self.on_step(report)
         return now
 
     def _utilisation(self, tokens: int, response_tokens: int, seconds: float) -> float:
@@ -357,6 +376,9 @@ class Trainer:
         return hashlib.sha256(f"{json.dumps(settings, sort_keys=True)}|{rows}|{shape}".encode()).hexdigest()[:16]
 
     def _save(self) -> None:
+        if not self.ranks.is_first:
+            self._saved_at = time.perf_counter()
+            return
         tensors = {"parameter": self.trainable.flat}
         tensors |= {f"trainable.{name}": value for name, value in self.trainable.state().items()}
         for number, parameter in enumerate(self.parameters):
@@ -366,16 +388,31 @@ class Trainer:
         save_checkpoint(self.out / CHECKPOINT_FILE, tensors, state)
         self._saved_at = time.perf_counter()
 
-    def _restore(self) -> None:
+    def _clear(self) -> None:
+        """Begins anew."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        for name in (CHECKPOINT_FILE, RESULT_FILE, METRICS_FILE, BEST_FILE):
+            (self.out / name).unlink(missing_ok=True)
+
+    def _checkpoint(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """What the run's checkpoint holds; None where there is none."""
+        self.out.mkdir(parents=True, exist_ok=True)
         path = self.out / CHECKPOINT_FILE
         if not path.exists():
             (self.out / METRICS_FILE).unlink(missing_ok=True)
-            return
+            return None
         tensors, state = load_checkpoint(path)
         if state.pop("fingerprint") != self.fingerprint:
             raise InputError(
                 f"{path}: belongs to a run with other rows, settings or model; delete it or pass another output folder"
             )
+        _keep_lines(self.out / METRICS_FILE, state["step"])
+        return tensors, state
+
+    def _restore(self, checkpoint: tuple[dict[str, torch.Tensor], dict[str, Any]] | None) -> None:
+        if checkpoint is None:
+            return
+        tensors, state = checkpoint
         scaler = state.pop("scaler")
         if scaler:
             self.scaler.load_state_dict(scaler)
@@ -393,16 +430,18 @@ class Trainer:
                 self.optimizer.state[parameter][what] = value.to(parameter.device)
         self.trainable.load_state(kept)
         self.trainable.refresh()
-        _keep_lines(self.out / METRICS_FILE, self.state.step)
 
     def _finish(self) -> TrainResult:
+        self.trainable.close()
+        return self.ranks.first(self._write_result)
+
+    def _write_result(self) -> TrainResult:
         state, fit = self.state, self.fit
         if self.config.keep_best and self._best_step() != state.step:
             tensors, _ = load_checkpoint(self.out / BEST_FILE)
             with torch.no_grad():
                 self.trainable.flat.copy_(tensors["parameter"])
             self.trainable.refresh()
-        self.trainable.close()
         self.trainable.save(self.out, base_model=self.base_model, source=self.source)
         result = TrainResult(
             adapter_path=self.out,
@@ -457,6 +496,29 @@ def make_trainable(model: Any, config: TrainConfig) -> Trainable:
         dropout=config.dropout, rank_stabilized=config.rank_stabilized, dora=config.dora, init=config.init,
         plus_ratio=config.plus_ratio, seed=config.seed,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What one process does of a step, and what the whole step has. Micro-batches are counted over all processes, from
+    ``first_id`` the ``own`` ones of this; what it has beyond these weighs nothing. ``names`` are of all."""
+
+    micro_batches: list[MicroBatch]
+    first_id: int
+    own: int
+    names: tuple[tuple[str, ...], ...]
+    tokens: int
+    response_tokens: int
+
+    def all_losses(self, losses: Sequence[torch.Tensor], ranks: Ranks) -> torch.Tensor:
+        """f32 [micro-batches of all processes] from this process's own."""
+        own = torch.stack([loss.float() for loss in losses[: self.own]]) if self.own else torch.zeros(0)
+        if ranks.size == 1:
+            return own
+        device = self.micro_batches[0].weights.device if self.micro_batches else own.device
+        found = torch.zeros(len(self.names), device=device)
+        found[self.first_id : self.first_id + self.own] = own.to(device)
+        return ranks.sum_(found)
 
 
 @dataclass
