@@ -108,6 +108,7 @@ def save_part_matrices(
     with tempfile.TemporaryDirectory(dir=folder) as staging:
         weights = Path(staging) / WEIGHTS_FILE
         save_file(tensors, weights, metadata={"format": "pt"})
+        weights.chmod(0o644)  # the package makes files that only their owner reads
         settings = Path(staging) / CONFIG_FILE
         settings.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         os.replace(weights, folder / WEIGHTS_FILE)

@@ -182,7 +182,7 @@ class Trainer:
             late = time.perf_counter() - self._saved_at > self.config.checkpoint_seconds
             checkpoint_due = self._due(self.config.checkpoint_interval) or late
             val_due = bool(self.val_examples) and self._due(self.config.val_interval)
-            if checkpoint_due or val_due:
+            if checkpoint_due or val_due or pending.is_ready:
                 val_loss = None
                 pending.wait()
                 spent = time.perf_counter() - started
@@ -531,6 +531,11 @@ class _Pending:
     names: tuple[tuple[str, ...], ...]
     tokens: int
     response_tokens: int
+
+    @property
+    def is_ready(self) -> bool:
+        """Without a device of its own the step is over when it returns."""
+        return self.numbers[1] is None
 
     def wait(self) -> list[float]:
         values, event = self.numbers
