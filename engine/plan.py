@@ -26,6 +26,7 @@ CPU_CACHE_BYTES = 4 << 30
 RESERVE = {"cuda": 0.02, "cpu": 0.04}
 # What a CPU process takes beside tensors once it works: compiled twins, thread stacks, the tokenizer, oneDNN's code.
 CPU_RUNTIME_BYTES = 96 << 20
+TOKENS_BEFORE_PACKING = 2048  # room for these in the cache is worth more than a faster layout of the weights
 GRAPH_CONTEXT = 4096
 GRAPH_BYTES = 4 << 20  # nodes and arguments of one recorded step, beside its tensors
 KV_DTYPES = {
@@ -212,8 +213,9 @@ def plan_generation(
 ) -> GenerationPlan:
     """Arithmetic alone: what goes where under a cap of ``memory_bytes``, of which the process holds some already.
 
-    ``packs``: the CPU has a product over packed bf16 weights (they are made where they take at most a quarter of the
-    cap). ``loaded``: the weights are within ``process_bytes``. A plan that does not fit has no pages.
+    ``packs``: the CPU has a product over packed weights (they are made where they take at most a quarter of the cap and
+    leave room for ``TOKENS_BEFORE_PACKING`` tokens in the cache). ``loaded``: the weights are within ``process_bytes``.
+    A plan that does not fit has no pages.
     """
     engine = engine or EngineConfig()
     if kv_dtype is not None and kv_dtype not in KV_DTYPES:
@@ -222,18 +224,19 @@ def plan_generation(
     limits = engine_limits(config, engine, device_type)
     stored = KV_DTYPES[kv_dtype] if kv_dtype else dtype
     on_cpu = device_type == "cpu"
-    packed = packed_bytes(config, dtype, quantization) if on_cpu and packs else 0
-    if packed > memory_bytes / 4:
-        packed = 0
     workspace = workspace_bytes(config, limits.max_batch_tokens, limits.max_sequences, dtype, quantization)
     reserve = int(RESERVE[device_type] * memory_bytes)
     graphs = 0 if on_cpu else graphs_bytes(config, limits, dtype, quantization)
     runtime = CPU_RUNTIME_BYTES if on_cpu else 0
     held = 0 if loaded else quantized_bytes(config, quantization, dtype)
     size = page_bytes(config, engine.page_size, stored)
-    fixed = process_bytes + runtime + held + packed + workspace + graphs + reserve
     pages_of_context = -(-limits.max_context // engine.page_size)
-    budget = memory_bytes - fixed
+    budget = memory_bytes - (process_bytes + runtime + held + workspace + graphs + reserve)
+    packed = packed_bytes(config, dtype, quantization) if on_cpu and packs else 0
+    worth_more = min(pages_of_context, -(-TOKENS_BEFORE_PACKING // engine.page_size)) * size
+    if packed > memory_bytes / 4 or budget - packed < worth_more:
+        packed = 0
+    budget -= packed
     if on_cpu and engine.memory_bytes is None:
         budget = min(budget, max(CPU_CACHE_BYTES, pages_of_context * size))
     num_pages = min(budget // size, limits.max_sequences * pages_of_context)
