@@ -168,6 +168,35 @@ def test_generate_by_file_is_in_order(capsys, tiny, tmp_path):
     assert f"{prompts}:2: neither" in err
 
 
+def test_quantised_weights_by_every_command(capsys, tiny, tmp_path):
+    """Converted once or quantised on load: the same replies; tuned over and scored likewise."""
+    model, folder = ["--model", tiny.inputs["model"], "--quantize", "int8"], tmp_path / "int8"
+    code, _, err = call(capsys, "convert", tiny.inputs["model"], folder, "--quantize", "int8")
+    assert code == 0, err
+    flags = ["The cat", "--dtype", "fp32", "--max-tokens", 8, "--ignore-eos", "--json"]
+    replies = [call(capsys, "generate", *m, *flags) for m in (model, ["--model", folder])]
+    assert replies[0][0] == 0, replies[0]
+    assert replies[0][1] == replies[1][1]
+
+    data, adapter = tmp_path / "rows.jsonl", tmp_path / "adapter"
+    data.write_text('{"prompt": "raw prompt", "response": "no"}\n')
+    for command in (
+        ("tune", *model, "--data", data, "--out", adapter, "--rank", 2, "--epochs", 1, "--dtype", "fp32"),
+        ("eval", *model, "--adapter", adapter, "--tasks", tiny.inputs["tasks"], "--limit", 1, "--max-tokens", 2),
+    ):
+        code, _, err = call(capsys, *command)
+        assert code == 0, err
+
+    for command, message in (
+        (("convert", folder, tmp_path / "again", "--quantize", "fp8"), "its weights are int8 already"),
+        (("generate", "--model", folder, "--quantize", "fp8", "hi"), "leave --quantize out"),
+        (("generate", *model[:2], "--quantize", "int7", "hi"), "'int7' is no known format; allowed: none, nf4"),
+        (("generate", *model[:2], "--quantize", "nf4", "hi"), "nf4 takes inputs in blocks of 64, and qkv has 32"),
+    ):
+        code, _, err = call(capsys, *command)
+        assert code == 2 and message in err and err.count("\n") == 1, err
+
+
 def test_tune_and_eval_outside_a_run(capsys, tiny, tmp_path):
     data, adapter, stats = tmp_path / "rows.jsonl", tmp_path / "adapter", tmp_path / "stats.json"
     rows = [{"instruction": "Say it.", "input": f"number {i}", "output": "yes"} for i in range(6)]
