@@ -19,9 +19,9 @@ MAX_DRAFT_TOKENS = 8
 _LONGEST, _SHORTEST = 3, 2  # tokens that must have stood together before
 # In mode "auto": a sequence drafts on while this share of its drafted tokens is kept, judged from so many tokens on;
 # one that does not tries again after so many tokens, for texts change.
-_MIN_KEPT_SHARE = 0.4
-_MIN_JUDGED = 2 * MAX_DRAFT_TOKENS
-_PAUSE_TOKENS = 48
+_MIN_KEPT_SHARE = 0.25
+_MIN_JUDGED = 3 * MAX_DRAFT_TOKENS
+_PAUSE_TOKENS = 16
 
 
 class PromptLookup:
