@@ -112,6 +112,9 @@ def _start(
         process.pause()
     except PeerError as error:
         contender.fail(error)
+    except BaseException:  # Ctrl-C while it loads
+        contender.close()
+        raise
 
 
 def greedy_tokens(process: PeerProcess, workload: Workload) -> list[list[int]]:

@@ -77,10 +77,14 @@ def compare_tuning(
             adapter = trainer.trainable.save(folder / f"adapter-{kind}")
             (folder / "rows.json").write_text(json.dumps([[list(r.prompt_ids), list(r.response_ids)] for r in rows]))
             peer = PeerProcess(peer_name, python, spec.script_path, folder / f"{kind}.log")
-            answer = peer.ask(
-                "load", model=str(model_path), adapter=str(adapter), rows=str(folder / "rows.json"), dtype=kind,
-                device=device, threads=threads, learning_rate=learning_rate, **spec.arguments,
-            )  # fmt: skip
+            try:
+                answer = peer.ask(
+                    "load", model=str(model_path), adapter=str(adapter), rows=str(folder / "rows.json"), dtype=kind,
+                    device=device, threads=threads, learning_rate=learning_rate, **spec.arguments,
+                )  # fmt: skip
+            except BaseException:  # an error of the peer's, or Ctrl-C while it loads
+                peer.close()
+                raise
             peer.pause()
             return trainer, peer, answer["versions"]
 

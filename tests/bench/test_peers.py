@@ -151,6 +151,20 @@ def test_a_peers_error_and_its_death_are_told(tmp_path):
     sleeps.close()  # a paused one ends, too
 
 
+def test_a_peer_ends_when_its_loading_is_interrupted(tmp_path, monkeypatch):
+    started = []
+
+    def interrupted(self, *_, **__):
+        started.append(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PeerProcess, "ask", interrupted)
+    setting = measure.Setting("model", "model", None, "fp32", "cpu", 1, 1)
+    with pytest.raises(KeyboardInterrupt):
+        measure.start_ours(setting, Workload("work", [[1]], 4), None, "fp32", tmp_path)
+    assert started[0]._process.returncode is not None
+
+
 def test_what_libraries_print_does_not_mix_with_answers(tmp_path):
     script = tmp_path / "chatty.py"
     script.write_text(
