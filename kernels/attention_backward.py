@@ -38,7 +38,11 @@ def delta_kernel(
     out, dout, delta, out_stride, out_head, dout_stride, dout_head, stat_head, num_tokens,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """δ [H,T] = Σ_d out·dout in fp32."""
+    """δ [H,T] = Σ_d out·dout, summed in fp64 where the tensors are fp32.
+
+    dout·v − δ cancels where few keys share a query, and an error of δ is the same for all of them.
+    """
+    WIDE: tl.constexpr = tl.float64 if out.dtype.element_ty == tl.float32 else tl.float32
     head = tl.program_id(1).to(tl.int64)
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
@@ -46,7 +50,7 @@ def delta_kernel(
     mask = tokens_in[:, None] & (dims < HEAD_DIM)[None, :]
     o = tl.load(out + head * out_head + tokens[:, None] * out_stride + dims[None, :], mask=mask, other=0.0)
     do = tl.load(dout + head * dout_head + tokens[:, None] * dout_stride + dims[None, :], mask=mask, other=0.0)
-    tl.store(delta + head * stat_head + tokens, tl.sum(o.to(tl.float32) * do.to(tl.float32), 1), mask=tokens_in)
+    tl.store(delta + head * stat_head + tokens, tl.sum(o.to(WIDE) * do.to(WIDE), 1), mask=tokens_in)
 
 
 @triton.jit

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -221,18 +220,6 @@ def _hopper_compile_cases() -> list[CompileCase]:
     return cases
 
 
-def _reordered(order: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """The reference with the head dims in another order: the same attention, its sums over them rounded otherwise."""
-
-    def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, saved_out: torch.Tensor, **others: Any):
-        dims = order(torch.arange(q.shape[-1], device=q.device))
-        q, k, v, saved_out = (x[..., dims] for x in (q, k, v, saved_out))
-        out = attention_prefill_reference(q, k, v, saved_out=saved_out, **others)
-        return out[..., torch.argsort(dims)]  # type: ignore[call-overload]
-
-    return reference
-
-
 PREFILL = KernelSpec(
     op="attention_prefill",
     run=attention_prefill,
@@ -255,7 +242,6 @@ PREFILL = KernelSpec(
     compile_cases=_prefill_compile_cases,
     peers={"sdpa without ALiBi": _sdpa, "flex": _flex, "flash-attn": _flash},
     saved="saved_out",
-    reordered=(_reordered(lambda dims: dims.flip(0)), _reordered(lambda dims: torch.cat([dims[::2], dims[1::2]]))),
 )
 
 

@@ -39,10 +39,8 @@ class KernelSpec:
     ``make_inputs(case, device, dtype, seed)`` returns the keyword arguments that ``run`` and ``reference`` both take.
     ``run`` also takes ``backend``. ``saved``, where set, is the argument by which ``reference`` takes the first output
     of ``run`` for its backward pass: where gradients are a function of the output as it was rounded, they are judged
-    at that output, and the output on its own. ``reordered`` are the reference with its sums in another order; the
-    reference's error is the largest of theirs, since that of one order is a single draw where a result cancels.
-    ``peers`` maps a name to a function of the same inputs, timed beside
-    ours.
+    at that output, and the output on its own. ``peers`` maps a name to a function
+    of the same inputs, timed beside ours.
     ``compile_cases(target)`` lists the shipped configurations for compute capability ``target`` (80, 90, 100).
     ``tuning(case)`` gives the shape bucket and the configurations worth timing for it (see tuning.py), where there
     are any.
@@ -60,5 +58,4 @@ class KernelSpec:
     peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     row_invariant: bool = True
     saved: str | None = None
-    reordered: tuple[Callable[..., Any], ...] = ()
     tuning: Callable[[Case], tuple[str, list[dict[str, Any]]]] | None = None
