@@ -6,6 +6,10 @@
 
 #include "numeric.h"
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 typedef float vec __attribute__((vector_size(64)));
 typedef int32_t ivec __attribute__((vector_size(64)));
 typedef uint32_t uvec __attribute__((vector_size(64)));
@@ -35,9 +39,13 @@ static inline vec load16(const fp16* p) {
 }
 
 static inline vec load16(const int8_t* p) {
+#ifdef __AVX512F__  // GCC 12 takes the lanes one by one
+    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
     bytes b;
     std::memcpy(&b, p, sizeof b);
     return __builtin_convertvector(b, vec);
+#endif
 }
 
 static inline void store16(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
