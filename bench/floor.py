@@ -31,7 +31,7 @@ def measure_cpu(dtype: torch.dtype) -> Ceilings:
 
     def best(run: Any) -> float:
         times = []
-        for _ in range(8):
+        for _ in range(24):
             began = time.perf_counter()
             run()
             times.append(time.perf_counter() - began)

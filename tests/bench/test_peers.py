@@ -244,3 +244,15 @@ def test_wrong_use_is_told(capsys):
     assert "tensorflow: no such peer; allowed: vllm, openvino" in capsys.readouterr().err
     with pytest.raises(InputError, match="no-such-model"):
         main(["--model", "no-such-model", "--peers", ""])
+
+
+def test_floors_that_a_run_beats_are_dropped():
+    from specialize.bench.peers.command import _drop_floors_that_were_beaten
+
+    rows = [{"weights": "bf16", "label": "ours", "tokens_per_s": {"p80": 10.0}}, {"weights": "q4", "error": "no"}]
+    body = {"rows": rows, "floors": {"bf16": {"tokens_per_s": 11.0}, "int8": {"tokens_per_s": 12.0}}}
+    _drop_floors_that_were_beaten(body, print)
+    assert len(body["floors"]) == 2
+    body["floors"]["bf16"] = {"tokens_per_s": 9.0}
+    _drop_floors_that_were_beaten(body, print)
+    assert body["floors"] == {}
