@@ -27,7 +27,7 @@ from .kinds import kinds_of
 from .ledger import Item, Ledger, run_lock
 from .metrics import rouge_words
 from .progress import Reporter
-from .recipe import Recipe, write_recipe
+from .recipe import YOUNGER, Recipe, Tune, write_recipe
 from .records import Example, file_fingerprint, fingerprint, read_seeds, read_tasks
 from .synthesize import Synthesizer, number_of, run_jobs
 from .tune import encode, encode_rows, epoch_tokens, seed_examples, train, train_config
@@ -100,6 +100,9 @@ class Run:
         base = {"seed": plain["seed"], "model": prints["model"], "dtype": self.recipe.dtype}
         if self.recipe.quantize != "none":
             base["quantize"] = self.recipe.quantize
+        for name in YOUNGER:
+            if plain["tune"][name] == getattr(Tune(), name):
+                del plain["tune"][name]
         tune = plain["tune"] | {"epochs": None, "teacher_epochs": None, "budget": None}
         found: dict[str, dict[str, Any]] = {
             "index": {"corpus": prints["corpus"], **{f"retrieval.{k}": v for k, v in plain["retrieval"].items()}},

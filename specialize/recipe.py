@@ -83,7 +83,13 @@ class Tune:
     """LoRA on base weights. ``epochs`` are passes over seeds and kept rows together; with ``budget: teacher`` there are
     as many passes as spend the teacher's tokens. The control on the seeds alone gets as many tokens as the expert.
     ``teacher_epochs`` are passes over the seeds for the model that answers. ``normalise``: whether each response token
-    or each row has the same say in a step."""
+    or each row has the same say in a step.
+
+    ``rank_stabilized`` is rsLoRA's scale, ``dora`` trains the length of weight rows beside their direction, ``init``
+    "pissa" starts from the weights' leading singular vectors, ``plus_ratio`` (LoRA+) is how much faster B learns.
+    ``validation`` is the share of rows held out; ``patience`` validations (one an epoch) without a new lowest loss end
+    the training (0: never), ``keep_best`` gives the weights of the lowest. Teacher and control are trained alike.
+    """
 
     rank: int = 16
     alpha: float = 32.0
@@ -102,6 +108,16 @@ class Tune:
     include_seeds: bool = True
     seed_repeat: int = 1
     validation: float = 0.0
+    rank_stabilized: bool = False
+    dora: bool = False
+    init: str = "kaiming"
+    plus_ratio: float = 1.0
+    patience: int = 0
+    keep_best: bool = False
+
+
+# Settings younger than runs that lie on disks: at their defaults they are no part of a stage's fingerprint.
+YOUNGER = ("rank_stabilized", "dora", "init", "plus_ratio", "patience", "keep_best")
 
 
 @dataclass(frozen=True)
@@ -157,6 +173,7 @@ _CHOICES = {
     "responses.passages_for": ("open", "all"),
     "tune.budget": ("epochs", "teacher"),
     "tune.normalise": ("tokens", "examples"),
+    "tune.init": ("kaiming", "pissa"),
     "tune.schedule": ("linear", "cosine", "constant"),
 }
 # Inclusive bounds of numbers; None is open.
@@ -198,6 +215,8 @@ _BOUNDS: dict[str, tuple[float, float | None]] = {
     "tune.weight_decay": (0, 10),
     "tune.seed_repeat": (1, 1000),
     "tune.validation": (0, 0.5),
+    "tune.plus_ratio": (0.01, 1000),
+    "tune.patience": (0, 1000),
     "evaluate.limit": (0, None),
     "evaluate.max_tokens": (1, None),
 }
@@ -275,6 +294,10 @@ def _check_whole(recipe: Recipe, source: str) -> Recipe:
         raise InputError(f"{source}: retrieval.overlap_words must be smaller than retrieval.chunk_words")
     if recipe.filter.min_words > recipe.filter.max_words:
         raise InputError(f"{source}: filter.min_words is larger than filter.max_words")
+    if (recipe.tune.patience or recipe.tune.keep_best) and not recipe.tune.validation:
+        raise InputError(
+            f"{source}: tune.patience and tune.keep_best need rows to validate on; set tune.validation to 0.1"
+        )
     return recipe
 
 

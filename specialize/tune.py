@@ -64,6 +64,12 @@ def train_config(settings: Tune, *, epochs: float, seed: int, max_context: int, 
         "normalise": settings.normalise,
         "weight_decay": settings.weight_decay,
         "val_fraction": settings.validation,
+        "rank_stabilized": settings.rank_stabilized,
+        "dora": settings.dora,
+        "init": settings.init,
+        "plus_ratio": settings.plus_ratio,
+        "patience": settings.patience,
+        "keep_best": settings.keep_best or settings.patience > 0,
         "seed": seed,
     }
     return TrainConfig(**{**values, **changes})

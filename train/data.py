@@ -149,10 +149,21 @@ def fingerprint_examples(examples: Sequence[TrainExample]) -> str:
 
 
 def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Best-fit decreasing: indices of ``lengths`` in bins of at most ``budget``, each bin in the order given.
+    """Indices of ``lengths`` in bins of at most ``budget``, each bin in the order given; no two bins could be one.
 
-    A length above the budget gets a bin of its own. Deterministic; ties go to the earlier index.
+    Best-fit decreasing; where that needs more bins than tokens / budget rounded up, bins filled one by one by exact
+    subset sums are taken if they are fewer. A length above the budget gets a bin of its own. Deterministic.
     """
+    found = _best_fit(lengths, budget)
+    over = sum(length > budget for length in lengths)
+    if len(found) - over > -(-sum(length for length in lengths if length <= budget) // budget):
+        exact = _subset_sums(lengths, budget)
+        found = exact if len(exact) < len(found) else found
+    return [sorted(b) for b in found]
+
+
+def _best_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Best-fit decreasing; ties go to the earlier index."""
     bins: list[list[int]] = []
     room: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -165,7 +176,33 @@ def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
             room.append(budget)
         bins[chosen].append(index)
         room[chosen] -= lengths[index]
-    return [sorted(b) for b in bins]
+    return bins
+
+
+def _subset_sums(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Each bin takes the longest row left and, of the others, those that fill it best (among equals the longest rows).
+
+    The sums that the shorter rows can make are the bits of an integer: a bin costs rows · budget / 64 word operations.
+    """
+    left = sorted(range(len(lengths)), key=lambda i: (lengths[i], -i))
+    bins: list[list[int]] = []
+    while left:
+        bin = [left.pop()]
+        room = budget - lengths[bin[0]]
+        if room > 0:
+            mask, sums = (1 << (room + 1)) - 1, [1]
+            for index in left:
+                if lengths[index] > room:
+                    break
+                sums.append((sums[-1] | sums[-1] << lengths[index]) & mask)
+            wanted = sums[-1].bit_length() - 1
+            for place in range(len(sums) - 2, -1, -1):
+                length = lengths[left[place]]
+                if length <= wanted and sums[place] >> (wanted - length) & 1:
+                    bin.append(left.pop(place))
+                    wanted -= length
+        bins.append(bin)
+    return bins
 
 
 def step_indices(step: int, *, num_examples: int, batch_size: int, seed: int, shuffle: bool = True) -> list[int]:

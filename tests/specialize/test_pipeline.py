@@ -67,6 +67,35 @@ def test_a_run_leaves_what_it_promises(finished, tiny):
     assert (recipe, inputs) == (read_recipe(tiny.recipe)[0], tiny.inputs)
 
 
+VARIANT = (
+    "dora=true",
+    "init=pissa",
+    "plus_ratio=4",
+    "rank_stabilized=true",
+    "validation=0.2",
+    "patience=1",
+    "epochs=3",
+)
+
+
+def test_a_recipe_s_variants_reach_every_training(finished, tiny, tmp_path):
+    settings = [f"tune.{pair}" for pair in VARIANT]
+    result = open_run(tiny, tmp_path / "run", *settings).execute(until="evaluate")
+    assert set(result["systems"]) == {"base", "seeds", "expert"}
+    for part in ("teacher", "adapter", "control"):
+        config = json.loads((tmp_path / "run" / part / "adapter_config.json").read_text())
+        assert config["use_dora"], part
+    with Ledger(tmp_path / "run" / "ledger.sqlite") as ledger:
+        stages = ledger.stages()
+    for name in ("teacher", "tune"):
+        assert stages[name].info["best_step"] is not None
+        assert stages[name].info["val_losses"]
+        assert stages[name].settings["tune.plus_ratio"] == 4.0
+    # at their defaults they are left out, so that runs made before there were such settings still stand
+    with Ledger(finished[0] / "ledger.sqlite") as ledger:
+        assert "tune.dora" not in ledger.stages()["tune"].settings
+
+
 def test_the_report_needs_no_network(finished):
     text = (finished[0] / "report.html").read_text()
     assert text.count("<svg") >= 4

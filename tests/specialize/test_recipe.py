@@ -51,7 +51,17 @@ def test_scientific_numbers_are_numbers(tmp_path):
 def test_override():
     recipe = override(Recipe(), ["tune.rank=4", "evaluate.shots=[0, 5]", "examples=7"])
     assert (recipe.tune.rank, recipe.evaluate.shots, recipe.examples) == (4, (0, 5), 7)
-    for bad in (["tune.rnk=4"], ["tune=4"], ["rank"], ["tune.learning_rate=5"], ["retrieval.overlap_words=500"]):
+    assert override(Recipe(), ["tune.patience=2", "tune.validation=0.1"]).tune.patience == 2
+    for bad in (
+        ["tune.patience=2"],
+        ["tune.keep_best=true"],
+        ["tune.init=zeros"],
+        ["tune.rnk=4"],
+        ["tune=4"],
+        ["rank"],
+        ["tune.learning_rate=5"],
+        ["retrieval.overlap_words=500"],
+    ):
         with pytest.raises(InputError):
             override(Recipe(), bad)
 

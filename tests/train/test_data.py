@@ -35,6 +35,25 @@ def test_best_fit_fills_the_budget():
     assert sum(lengths) / (len(pack(lengths, 4096)) * 4096) >= 0.98
 
 
+@pytest.mark.parametrize("budget", [4096, 8192])
+def test_no_fewer_bins_could_hold_rows_like_abstracts(budget):
+    for seed in range(3):
+        generator = np.random.default_rng(seed)
+        lengths = np.clip(generator.normal(380, 95, 1000), 16, 512).astype(int).tolist()
+        bins = pack(lengths, budget)
+        assert len(bins) == -(-sum(lengths) // budget)
+        fills = sorted(sum(lengths[i] for i in b) / budget for b in bins)
+        assert np.mean(fills[1:]) >= 0.98  # what is left over lies in one partial bin
+
+
+def test_subset_sums_help_where_best_fit_needs_more_bins():
+    lengths = [5, 4, 4, 3, 2, 2]  # of 10 best fit fills 5 + 4, 4 + 3 + 2 and a third bin with the last 2
+    assert sorted(sorted(lengths[i] for i in b) for b in pack(lengths, 10)) == [[2, 3, 5], [2, 4, 4]]
+    generator = np.random.default_rng(7)
+    awkward = generator.integers(700, 760, 1000).tolist()
+    assert len(pack(awkward, 8192)) <= 91  # 90 is the least there could be, best fit alone needs 93
+
+
 def test_an_epoch_shows_every_row_once_in_an_order_of_its_own():
     steps = [step_indices(s, num_examples=10, batch_size=4, seed=1) for s in range(6)]
     assert [len(s) for s in steps] == [4, 4, 2, 4, 4, 2]
