@@ -154,12 +154,36 @@ def _spread(common: Common, workers: int | None, ray: str | None) -> Any:
 
 
 @cli.command()
+@click.argument("domain")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to write; DOMAIN if left out.")
+@common
+def init(common: Common, domain: str, out: Path | None) -> None:
+    """Begin a DOMAIN: a folder with recipe, seeds, task and README to fill in. biomed and finance come with seeds.
+
+    \b
+    Examples:
+      specialize init geology
+      specialize run --recipe geology/recipe.yaml --out geology/run        once geology/ is filled in
+    """
+    from .domain import INPUT_FILES, create, unfilled
+
+    folder = create(domain, out or Path(domain))
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    todo = unfilled({name: str(folder / where) for name, where in INPUT_FILES.items()})
+    common.show(
+        {"folder": str(folder), "files": files, "fill_in": todo},
+        f"{folder}: {', '.join(files)}\nfill in: {'; '.join(todo)}\n"
+        f"then: specialize run --recipe {folder / 'recipe.yaml'} --out {folder / 'run'}",
+    )
+
+
+@cli.command()
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Run folder; an existing one is resumed.")
 @click.option("--model", help="Model folder, .gguf file or fetch name.")
 @click.option("--seeds", help='JSONL of {"instruction", "input", "output", "task"?}.')
 @click.option("--corpus", help="JSONL, folder of .txt/.md, Parquet or PubMed XML.")
 @click.option("--tasks", help="Evaluation task file or folder of them.")
-@click.option("--recipe", help="Shipped recipe (small, demo, paper) or a YAML file.  [default: small]")
+@click.option("--recipe", help="Shipped recipe (small, demo, paper, biomed, finance) or a YAML file.  [default: small]")
 @click.option("--examples", type=click.IntRange(1), help="Synthetic rows to keep.")
 @click.option("--rounds", type=click.IntRange(1), help="Rounds of answering and tuning.")
 @click.option("--seed", type=int, help="Random seed of everything.")
@@ -196,8 +220,9 @@ def _open_run(
     **options: Any,
 ) -> Any:
     """The run in a folder: what the command line says, else what the folder's recipe.yaml remembers."""
-    from .pipeline import INPUTS, Run
-    from .recipe import override, read_recipe, remembered_inputs
+    from .domain import require_filled
+    from .pipeline import Run
+    from .recipe import INPUTS, override, read_recipe, remembered_inputs
     from .standalone import existing_model
 
     spread = _spread(common, workers, ray)
@@ -211,6 +236,7 @@ def _open_run(
     if common.dtype != "auto":
         changes["dtype"] = common.dtype
     chosen = override(override(chosen, changes), list(settings))
+    require_filled(inputs | {name: options[name] for name in INPUTS if options.get(name)})
     for name in INPUTS:
         given = options.get(name)
         if name == "model" and (given or name in inputs):

@@ -27,14 +27,13 @@ from .kinds import kinds_of
 from .ledger import Item, Ledger, run_lock
 from .metrics import rouge_words
 from .progress import Reporter
-from .recipe import YOUNGER, Recipe, Tune, write_recipe
+from .recipe import INPUTS, YOUNGER, Recipe, Tune, write_recipe
 from .records import Example, file_fingerprint, fingerprint, read_seeds, read_tasks
 from .synthesize import Synthesizer, number_of, run_jobs
 from .tune import encode, encode_rows, epoch_tokens, seed_examples, train, train_config
 from .workers import Spread, WorkerPool
 
 STAGES = ("index", "teacher", "instructions", "responses", "filter", "tune", "control", "evaluate", "report")
-INPUTS = ("model", "seeds", "corpus", "tasks")
 # The teacher is the seeds-only control when its training tokens differ from the expert's by less than this share.
 EQUAL_TOKENS = 0.05
 

@@ -10,6 +10,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from .errors import InputError
 
+INPUTS = ("model", "seeds", "corpus", "tasks")
+
 
 @dataclass(frozen=True)
 class Retrieval:
@@ -227,6 +229,7 @@ class _Reader:
 
     def __init__(self, source: str):
         self.source = source
+        self.lines: dict[str, int] = {}  # of each setting that the file has, counted from 1
 
     def fail(self, node: Any, message: str) -> InputError:
         return InputError(f"{self.source}:{node.start_mark.line + 1}: {message}")
@@ -245,6 +248,7 @@ class _Reader:
                 raise self.fail(key_node, f'unknown setting "{full}"; known here: {", ".join(hints)}')
             if key in values:
                 raise self.fail(key_node, f'"{full}" is set twice')
+            self.lines[full] = key_node.start_mark.line + 1
             if dataclasses.is_dataclass(hints[key]):
                 values[key] = self.section(hints[key], value_node, full, getattr(base, key))  # type: ignore[arg-type]
             else:
@@ -289,15 +293,30 @@ def check_value(path: str, hint: Any, value: Any) -> Any:
     return value
 
 
-def _check_whole(recipe: Recipe, source: str) -> Recipe:
-    if recipe.retrieval.overlap_words >= recipe.retrieval.chunk_words:
-        raise InputError(f"{source}: retrieval.overlap_words must be smaller than retrieval.chunk_words")
-    if recipe.filter.min_words > recipe.filter.max_words:
-        raise InputError(f"{source}: filter.min_words is larger than filter.max_words")
-    if (recipe.tune.patience or recipe.tune.keep_best) and not recipe.tune.validation:
-        raise InputError(
-            f"{source}: tune.patience and tune.keep_best need rows to validate on; set tune.validation to 0.1"
-        )
+def _check_whole(recipe: Recipe, source: str, lines: Mapping[str, int] | None = None) -> Recipe:
+    """What settings must be to each other. ``lines`` says where in ``source`` a setting stands."""
+
+    def require(condition: bool, message: str, *settings: str) -> None:
+        if not condition:
+            line = max((lines[name] for name in settings if name in lines), default=0) if lines else 0
+            raise InputError(f"{source}:{line}: {message}" if line else f"{source}: {message}")
+
+    require(
+        recipe.retrieval.overlap_words < recipe.retrieval.chunk_words,
+        f"retrieval.overlap_words ({recipe.retrieval.overlap_words}) must be smaller than retrieval.chunk_words "
+        f"({recipe.retrieval.chunk_words})",
+        "retrieval.overlap_words", "retrieval.chunk_words",
+    )  # fmt: skip
+    require(
+        recipe.filter.min_words <= recipe.filter.max_words,
+        f"filter.min_words ({recipe.filter.min_words}) is larger than filter.max_words ({recipe.filter.max_words})",
+        "filter.min_words", "filter.max_words",
+    )  # fmt: skip
+    require(
+        recipe.tune.validation > 0 or not (recipe.tune.patience or recipe.tune.keep_best),
+        "tune.patience and tune.keep_best need rows to validate on; set tune.validation to 0.1",
+        "tune.patience", "tune.keep_best", "tune.validation",
+    )  # fmt: skip
     return recipe
 
 
@@ -310,7 +329,7 @@ def shipped() -> dict[str, Path]:
 def read_recipe(name_or_path: str | Path) -> tuple[Recipe, dict[str, str]]:
     """A shipped recipe by name or any YAML file: (recipe, its ``inputs`` mapping, empty where it has none).
 
-    ``inputs`` (model, seeds, corpus, tasks) is what a run folder's own ``recipe.yaml`` adds.
+    ``inputs`` names some of model, seeds, corpus and tasks; a relative path there begins at the recipe's folder.
     """
     import yaml
 
@@ -327,12 +346,30 @@ def read_recipe(name_or_path: str | Path) -> tuple[Recipe, dict[str, str]]:
     inputs: dict[str, str] = {}
     if root is None:
         return Recipe(), inputs
+    reader = _Reader(str(path))
     if isinstance(root, yaml.MappingNode):
         for pair in list(root.value):
             if pair[0].value == "inputs":
-                inputs = {k.value: str(v.value) for k, v in pair[1].value}
+                inputs = _read_inputs(reader, pair[1], path.parent)
                 root.value.remove(pair)
-    return _check_whole(_Reader(str(path)).section(Recipe, root, "", Recipe()), str(path)), inputs
+    return _check_whole(reader.section(Recipe, root, "", Recipe()), str(path), reader.lines), inputs
+
+
+def _read_inputs(reader: _Reader, node: Any, folder: Path) -> dict[str, str]:
+    import yaml
+
+    if not isinstance(node, yaml.MappingNode):
+        raise reader.fail(node, "inputs must be a mapping of " + ", ".join(INPUTS))
+    inputs = {}
+    for key, value in node.value:
+        if key.value not in INPUTS:
+            raise reader.fail(key, f'unknown setting "inputs.{key.value}"; known here: {", ".join(INPUTS)}')
+        if not isinstance(value, yaml.ScalarNode) or not value.value.strip():
+            raise reader.fail(value, f"inputs.{key.value} must be a path" + " or a name" * (key.value == "model"))
+        path = folder / Path(value.value).expanduser()
+        # A model may be a name that is fetched.
+        inputs[key.value] = value.value if key.value == "model" and not path.exists() else str(path.resolve())
+    return inputs
 
 
 def remembered_inputs(path: Path) -> dict[str, str]:

@@ -1,20 +1,29 @@
 import pytest
 
 from specialize.errors import InputError
+from specialize.kinds import kinds_of
 from specialize.recipe import Recipe, override, read_recipe, remembered_inputs, shipped, write_recipe
+from specialize.records import read_seeds
+
+SHIPPED = {"small": None, "demo": None, "paper": None, "biomed": 80, "finance": 56}
 
 
-@pytest.mark.parametrize("name", ["small", "demo", "paper"])
+@pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_recipes_load_and_survive_a_round_trip(name, tmp_path):
     recipe, inputs = read_recipe(name)
     assert recipe.name == name
-    assert inputs == {}
-    write_recipe(recipe, {"model": "m", "seeds": "s"}, tmp_path / "recipe.yaml")
-    assert read_recipe(tmp_path / "recipe.yaml") == (recipe, {"model": "m", "seeds": "s"})
+    assert set(inputs) == ({"seeds"} if SHIPPED[name] else set())
+    if SHIPPED[name]:
+        seeds = read_seeds(inputs["seeds"])
+        assert len(seeds) == SHIPPED[name]
+        assert all(len(kind.seeds) >= 5 for kind in kinds_of(seeds))
+    there = str(tmp_path / "s")
+    write_recipe(recipe, {"model": "m", "seeds": there}, tmp_path / "recipe.yaml")
+    assert read_recipe(tmp_path / "recipe.yaml") == (recipe, {"model": "m", "seeds": there})
 
 
 def test_all_shipped_recipes_are_tested():
-    assert set(shipped()) == {"small", "demo", "paper"}
+    assert set(shipped()) == set(SHIPPED)
 
 
 @pytest.mark.parametrize(
@@ -29,6 +38,12 @@ def test_all_shipped_recipes_are_tested():
         ("\n\ntune: 5\n", 3, "must be a mapping"),
         ("evaluate:\n  shots: 5\n", 2, "must be a list"),
         ("name: [x\n", 2, "not YAML"),
+        ("retrieval:\n  chunk_words: 30\n  overlap_words: 30\n", 3, "must be smaller than retrieval.chunk_words (30)"),
+        ("filter:\n  min_words: 70\n", 2, "filter.min_words (70) is larger than filter.max_words (60)"),
+        ("tune:\n  rank: 4\n  patience: 2\n", 3, "set tune.validation to 0.1"),
+        ("inputs: 3\n", 1, "inputs must be a mapping"),
+        ("inputs:\n  model: m\n  seed: s\n", 3, 'unknown setting "inputs.seed"; known here: model, seeds'),
+        ("inputs:\n  seeds:\n", 2, "inputs.seeds must be a path"),
     ],
 )
 def test_errors_name_the_line(text, line, message, tmp_path):
@@ -67,7 +82,7 @@ def test_override():
 
 
 def test_unknown_recipe_lists_those_there_are():
-    with pytest.raises(InputError, match="shipped: demo, paper, small"):
+    with pytest.raises(InputError, match="shipped: biomed, demo, finance, paper, small"):
         read_recipe("nowhere")
 
 
