@@ -745,6 +745,25 @@ def report(common: Common, run: Path) -> None:
     common.show({"report": str(path)}, str(path))
 
 
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the data set.")
+@click.option("--format", "formats", default="parquet,jsonl,chat", show_default=True, help="Some of these.")
+@click.option("--seeds", is_flag=True, help="The seeds, too.")
+@common
+def export(common: Common, run: Path, out: Path, formats: str, seeds: bool) -> None:
+    """Write the kept rows of a RUN as a data set, with its card, that `datasets.load_dataset` reads.
+
+    \b
+    Example:
+      specialize export r1 --out rows                then: load_dataset("rows"), load_dataset("rows", "chat")
+    """
+    from .export import export as work
+
+    found = work(run, out, tuple(dict.fromkeys(name.strip() for name in formats.split(","))), seeds=seeds)
+    common.show(found, f"{found['folder']}: {found['rows']:,} rows; {', '.join(found['files'])}")
+
+
 # generation
 
 _sampling_options = (

@@ -23,6 +23,7 @@ from typing import Any
 from . import filter as rules
 from .errors import InputError
 from .evaluate import EvalReport, System, compare, evaluate
+from .export import model_card
 from .kinds import kinds_of
 from .ledger import Item, Ledger, run_lock
 from .metrics import rouge_words
@@ -221,6 +222,8 @@ class Run:
                     result = self._do_evaluate()
                 if last >= STAGES.index("report"):
                     self._do_report()
+                if (self.folder / "adapter").is_dir() and last >= STAGES.index("tune"):
+                    write_text(self.folder / "adapter" / "README.md", model_card(self.folder, result))
                 return result
             finally:
                 self._free_generator()

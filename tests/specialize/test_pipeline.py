@@ -6,9 +6,13 @@ import re
 import signal
 from pathlib import Path
 
+import pyarrow.json
+import pyarrow.parquet
 import pytest
+import yaml
 
 from specialize.errors import InputError
+from specialize.export import export
 from specialize.ledger import Ledger, run_lock
 from specialize.pipeline import Run
 from specialize.progress import Reporter
@@ -94,6 +98,56 @@ def test_a_recipe_s_variants_reach_every_training(finished, tiny, tmp_path):
     # at their defaults they are left out, so that runs made before there were such settings still stand
     with Ledger(finished[0] / "ledger.sqlite") as ledger:
         assert "tune.dora" not in ledger.stages()["tune"].settings
+
+
+def front_matter(path):
+    _, front, page = path.read_text().split("---\n", 2)
+    return yaml.safe_load(front), page
+
+
+def test_the_data_set_reads_the_same_in_every_format(finished, tiny, tmp_path):
+    folder, _ = finished
+    kept = [json.loads(line) for line in (folder / "dataset.jsonl").read_text().splitlines()]
+    export(folder, tmp_path / "rows", seeds=True)
+    front, page = front_matter(tmp_path / "rows" / "README.md")
+    files = {entry["config_name"]: tmp_path / "rows" / entry["data_files"] for entry in front["configs"]}
+    table = pyarrow.parquet.read_table(files["parquet"]).to_pylist()
+    lines = pyarrow.json.read_json(files["jsonl"]).to_pylist()
+    assert table == lines
+    assert [r["source"] for r in table[:8]] == ["seed"] * 8
+    for row, original in zip(table[8:], kept, strict=True):
+        assert {k: row[k] for k in ("id", "instruction", "input", "output", "task")} == {
+            k: original[k] for k in ("id", "instruction", "input", "output", "task")
+        }
+        provenance = json.loads(row["provenance"])
+        assert provenance["documents"] == original["provenance"]["documents"]
+        assert provenance["model"] == "model"
+    chats = pyarrow.json.read_json(files["chat"]).to_pylist()
+    for chat, row in zip(chats, table, strict=True):
+        user, assistant = chat["messages"]
+        assert (user["role"], assistant) == ("user", {"role": "assistant", "content": row["output"]})
+        assert user["content"].startswith(row["instruction"]) and user["content"].endswith(row["input"])
+    assert front["size_categories"] == ["n<1K"]
+    assert f"{len(table)} rows" in page and str(tiny.folder) not in page
+    with pytest.raises(InputError, match="not empty"):
+        export(folder, tmp_path / "rows")
+    with pytest.raises(InputError, match="allowed: parquet, jsonl, chat"):
+        export(folder, tmp_path / "more", ["csv"])
+    with pytest.raises(InputError, match="no run folder"):
+        export(tmp_path, tmp_path / "more")
+    assert not (tmp_path / "more").exists()
+
+
+def test_the_adapter_s_card_tells_the_run_s_numbers(finished):
+    folder, result = finished
+    front, page = front_matter(folder / "adapter" / "README.md")
+    assert (front["library_name"], front["base_model"]) == ("peft", "model")
+    with Ledger(folder / "ledger.sqlite") as ledger:
+        info = ledger.stages()["tune"].info
+    assert f"{info['steps']:,} steps on {info['num_examples']:,} rows, {info['tokens']:,} tokens" in page
+    mean = next(m for m in result["systems"]["expert"]["means"] if m["metric"] == "token_f1")
+    assert f"{mean['value']:.1f}" in page and "seeds alone" in page
+    assert str(folder) not in page
 
 
 def test_the_report_needs_no_network(finished):
