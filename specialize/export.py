@@ -16,12 +16,7 @@ from .errors import InputError
 from .ledger import Ledger
 from .records import read_json_lines, read_seeds
 
-# Place in the data set's folder by configuration; the first is what `load_dataset(FOLDER)` gives.
-FILES = {
-    "parquet": "data/train.parquet",
-    "jsonl": "jsonl/train.jsonl",
-    "chat": "chat/train.jsonl",
-}
+FORMATS = ("parquet", "jsonl", "chat")
 COLUMNS = ("id", "instruction", "input", "output", "task", "source", "provenance")
 
 
@@ -52,30 +47,49 @@ def chat_messages(row: Mapping[str, str]) -> list[dict[str, str]]:
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]
 
 
-def export(run: Path, out: Path, formats: Sequence[str] = tuple(FILES), *, seeds: bool = False) -> dict[str, Any]:
+def _files(formats: Sequence[str]) -> dict[str, str]:
+    """Place of each file by what it holds. Chats are written in the same formats as the rows, or as JSONL alone."""
+    ends = [name for name in formats if name != "chat"]
+    places = {f"rows.{end}": f"data/train.{end}" for end in ends}
+    if "chat" in formats:
+        places |= {f"chat.{end}": f"chat/train.{end}" for end in ends or ["jsonl"]}
+    return places
+
+
+def _configs(files: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Configurations of ``load_dataset``, the first by default. ``datasets`` reads all of a folder in one format."""
+    end = next(iter(files)).partition(".")[2]
+    names = [name for name in ("rows", "chat") if f"{name}.{end}" in files]
+    return [
+        {"config_name": name, "data_files": files[f"{name}.{end}"]} | ({"default": True} if name == names[0] else {})
+        for name in names
+    ]
+
+
+def export(run: Path, out: Path, formats: Sequence[str] = FORMATS, *, seeds: bool = False) -> dict[str, Any]:
     """Write the data set's folder with its card; it appears whole or not at all. Returns its files and row count."""
     import pyarrow
     import pyarrow.parquet
 
     for name in formats:
-        if name not in FILES:
-            raise InputError(f"--format {name}: allowed: {', '.join(FILES)}")
+        if name not in FORMATS:
+            raise InputError(f"--format {name}: allowed: {', '.join(FORMATS)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out}: exists and is not empty; choose another, or delete it")
-    rows = read_rows(run, seeds=seeds)
+    rows, files = read_rows(run, seeds=seeds), _files(formats)
     temporary = out.with_name(out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        for name in formats:
-            path = temporary / FILES[name]
-            path.parent.mkdir(parents=True)
-            if name == "parquet":
-                schema = pyarrow.schema([(column, pyarrow.string()) for column in COLUMNS])
-                pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), path)
-                continue
-            shown = rows if name == "jsonl" else [{"id": r["id"], "messages": chat_messages(r)} for r in rows]
-            path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in shown), encoding="utf-8")
-        (temporary / "README.md").write_text(dataset_card(run, rows, formats), encoding="utf-8")
+        for what, place in files.items():
+            path = temporary / place
+            path.parent.mkdir(parents=True, exist_ok=True)
+            name, _, end = what.partition(".")
+            shown = rows if name == "rows" else [{"id": r["id"], "messages": chat_messages(r)} for r in rows]
+            if end == "parquet":
+                pyarrow.parquet.write_table(pyarrow.Table.from_pylist(shown), path)
+            else:
+                path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in shown), encoding="utf-8")
+        (temporary / "README.md").write_text(dataset_card(run, rows, files), encoding="utf-8")
         if out.exists():
             out.rmdir()
         temporary.rename(out)
@@ -83,10 +97,10 @@ def export(run: Path, out: Path, formats: Sequence[str] = tuple(FILES), *, seeds
         raise InputError(f"--out {out}: {error.strerror}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return {"folder": str(out), "rows": len(rows), "files": ["README.md", *(FILES[name] for name in formats)]}
+    return {"folder": str(out), "rows": len(rows), "files": ["README.md", *files.values()]}
 
 
-def dataset_card(run: Path, rows: Sequence[Mapping[str, str]], formats: Sequence[str]) -> str:
+def dataset_card(run: Path, rows: Sequence[Mapping[str, str]], files: Mapping[str, str]) -> str:
     """README.md of the data set, its front matter as the Hugging Face hub and ``datasets`` read it."""
     recipe, last = _recipe(run), _last_round(run)
     with Ledger(run / "ledger.sqlite") as ledger:
@@ -96,7 +110,7 @@ def dataset_card(run: Path, rows: Sequence[Mapping[str, str]], formats: Sequence
         "task_categories": ["text-generation"],
         "tags": ["synthetic", "self-specialization"],
         "size_categories": [_size(len(rows))],
-        "configs": [{"config_name": name, "data_files": FILES[name]} for name in formats],
+        "configs": _configs(files),
     }
     model = Path(recipe["inputs"]["model"]).name
     kinds = Counter(row["task"] for row in rows)
@@ -116,12 +130,12 @@ def dataset_card(run: Path, rows: Sequence[Mapping[str, str]], formats: Sequence
         _table([("reason", "candidates"), *((name, f"{n:,}") for name, n in reasons.items())]) if reasons else "",
         "## Columns",
         "`id`, `instruction`, `input`, `output`, `task`, `source` and `provenance` (JSON: documents, passages, model, "
-        "random seed and agreement of the samples). Configuration `chat` holds `id` and `messages` instead.",
+        "random seed and agreement of the samples). Files in `chat/` hold `id` and `messages` instead.",
         f"Made by specialize, recipe `{recipe['name']}`, random seed {recipe['seed']}.",
     )
 
 
-def model_card(run: Path, found: Mapping[str, Any]) -> str:
+def model_card(run: Path, found: dict[str, Any]) -> str:
     """README.md of a run's adapter: what it was tuned on and, where ``found`` is an evaluation (``eval.json``), its
     scores beside the base's and the seeds alone."""
     from .standalone import systems_table

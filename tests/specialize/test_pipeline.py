@@ -110,10 +110,11 @@ def test_the_data_set_reads_the_same_in_every_format(finished, tiny, tmp_path):
     kept = [json.loads(line) for line in (folder / "dataset.jsonl").read_text().splitlines()]
     export(folder, tmp_path / "rows", seeds=True)
     front, page = front_matter(tmp_path / "rows" / "README.md")
-    files = {entry["config_name"]: tmp_path / "rows" / entry["data_files"] for entry in front["configs"]}
-    table = pyarrow.parquet.read_table(files["parquet"]).to_pylist()
-    lines = pyarrow.json.read_json(files["jsonl"]).to_pylist()
-    assert table == lines
+    # one format for all configurations, since `datasets` picks one reader for a folder, and one of them the default
+    assert [(c["config_name"], c.get("default", False)) for c in front["configs"]] == [("rows", True), ("chat", False)]
+    files = {c["config_name"]: tmp_path / "rows" / c["data_files"] for c in front["configs"]}
+    table = pyarrow.parquet.read_table(files["rows"]).to_pylist()
+    assert table == pyarrow.json.read_json(files["rows"].with_suffix(".jsonl")).to_pylist()
     assert [r["source"] for r in table[:8]] == ["seed"] * 8
     for row, original in zip(table[8:], kept, strict=True):
         assert {k: row[k] for k in ("id", "instruction", "input", "output", "task")} == {
@@ -122,13 +123,17 @@ def test_the_data_set_reads_the_same_in_every_format(finished, tiny, tmp_path):
         provenance = json.loads(row["provenance"])
         assert provenance["documents"] == original["provenance"]["documents"]
         assert provenance["model"] == "model"
-    chats = pyarrow.json.read_json(files["chat"]).to_pylist()
+    chats = pyarrow.parquet.read_table(files["chat"]).to_pylist()
+    assert chats == pyarrow.json.read_json(files["chat"].with_suffix(".jsonl")).to_pylist()
     for chat, row in zip(chats, table, strict=True):
         user, assistant = chat["messages"]
         assert (user["role"], assistant) == ("user", {"role": "assistant", "content": row["output"]})
         assert user["content"].startswith(row["instruction"]) and user["content"].endswith(row["input"])
     assert front["size_categories"] == ["n<1K"]
     assert f"{len(table)} rows" in page and str(tiny.folder) not in page
+    export(folder, tmp_path / "chats", ["chat"])
+    front, _ = front_matter(tmp_path / "chats" / "README.md")
+    assert front["configs"] == [{"config_name": "chat", "data_files": "chat/train.jsonl", "default": True}]
     with pytest.raises(InputError, match="not empty"):
         export(folder, tmp_path / "rows")
     with pytest.raises(InputError, match="allowed: parquet, jsonl, chat"):
