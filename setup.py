@@ -67,6 +67,7 @@ setup(
             "ruff>=0.8",
             "pyright>=1.1.390",
         ],
+        "fuzz": ["atheris>=2.3"],  # `python -m tests.fuzz.run READER`: coverage-guided search for files that crash
         "tensorboard": ["tensorboard>=2.15"],  # `specialize tune` writes its events where this is installed
         "ray": ["ray>=2.60"],  # `--workers` and `--ray`: generation over GPUs and machines
         "flash": ["flash-attn>=2.7"],  # optional attention backend

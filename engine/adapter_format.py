@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from specialize.errors import InputError
+from specialize.errors import InputError, parse_json
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -130,7 +130,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder}: no such adapter folder; give one with {CONFIG_FILE} and {WEIGHTS_FILE}")
     path = folder / CONFIG_FILE
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; an adapter folder holds {CONFIG_FILE} and {WEIGHTS_FILE}") from None
     except (OSError, ValueError) as error:
@@ -141,22 +141,49 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path}: peft_type {config.get('peft_type')!r} is not supported; allowed: LORA")
     for name in ("r", "lora_alpha"):
         value = config.get(name)
-        if not isinstance(value, (int, float)) or value <= 0:
-            raise InputError(f"{path}: {name} is {value!r}; it must be a positive number")
+        whole = name == "r"
+        if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not 0 < value < 2**31:
+            raise InputError(f"{path}: {name} is {value!r:.80}; it must be a positive number{', and whole' * whole}")
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise InputError(f"{path}: alpha_pattern is a {type(patterns).__name__}; it must map modules to numbers")
+    for key, value in patterns.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 2**31:
+            raise InputError(f"{path}: alpha_pattern has {value!r:.80} for {key!r:.80}; it must be a positive number")
+        _check_pattern(key, path)
     for name, plain in (("fan_in_fan_out", False), ("modules_to_save", None), ("bias", "none")):
         if config.get(name, plain) not in (plain, None, []):
             raise InputError(f"{path}: {name} {config[name]!r} is not supported; allowed: {plain!r}")
     return config
 
 
+def _check_pattern(pattern: str, path: Path) -> None:
+    """A stranger's regular expression: at most two repetitions, none of a group, so that matching ends soon."""
+    repeats = re.findall(r"\)?[*+{?]", pattern)
+    if len(pattern) > 500 or len(repeats) > 2 or any(found.startswith(")") for found in repeats):
+        raise InputError(f"{path}: alpha_pattern {pattern!r:.80} is not supported; give module names")
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise InputError(f"{path}: alpha_pattern {pattern!r:.80} is no pattern ({error})") from None
+
+
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; pickled adapters (.bin) are not read") from None
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a whole safetensors file ({error})") from None
+    for name, tensor in tensors.items():
+        if len(name) > 500 or 0 in tensor.shape:
+            raise InputError(f"{path}: tensor {name[:80]} {tuple(tensor.shape)} is empty, or its name endless")
+        if not bool(torch.isfinite(tensor).all()):
+            raise InputError(
+                f"{path}: tensor {name} holds NaN or infinity; the adapter is damaged or its training failed"
+            )
+    return tensors
 
 
 def _pair_up(tensors: Mapping[str, torch.Tensor], folder: Path) -> tuple[dict[str, Pair], dict[str, torch.Tensor]]:
@@ -185,7 +212,8 @@ def _pair_up(tensors: Mapping[str, torch.Tensor], folder: Path) -> tuple[dict[st
 
 def pattern_value(pattern: Mapping[str, float] | None, module: str, default: float) -> float:
     """PEFT's per-module settings: a key matches the whole path or its end after a dot."""
+    ends = [module] + [module[i + 1 :] for i, character in enumerate(module) if character == "."]
     for key, value in (pattern or {}).items():
-        if re.fullmatch(rf"(.*\.)?({key})", module):
+        if any(re.fullmatch(key, end) for end in ends):
             return float(value)
     return default

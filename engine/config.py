@@ -5,17 +5,20 @@ Every value that changes the computation is either understood or refused by name
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specialize.errors import InputError
+from specialize.errors import InputError, parse_json
 
 LLAMA_FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 ARCHITECTURES = ("mpt", *LLAMA_FAMILY)
+
+
+# Far above every model there is, and low enough that a loop or a product over a stranger's numbers ends.
+MAX_LAYERS, MAX_SIZE = 10_000, 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,9 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("num_heads", "num_kv_heads", "hidden_size", "head_dim"):
+            if not _is_int(getattr(self, name)):
+                raise InputError(f"model config: {name} is {shown(getattr(self, name))}; it must be a positive integer")
         fill = object.__setattr__
         fill(self, "num_kv_heads", self.num_kv_heads or self.num_heads)
         fill(self, "head_dim", self.head_dim or self.hidden_size // max(self.num_heads, 1))
@@ -89,12 +95,24 @@ class ModelConfig:
             "intermediate_size",
             "num_layers",
             "num_heads",
+            "num_kv_heads",
             "head_dim",
             "max_context",
         ):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InputError(f"model config: {name} is {value!r}; it must be a positive integer")
+            limit = MAX_LAYERS if name == "num_layers" else MAX_SIZE
+            if not _is_int(value) or not 1 <= value <= limit:
+                raise InputError(f"model config: {name} is {shown(value)}; it must be an integer from 1 to {limit}")
+        for name in ("norm_eps", "rope_theta", "alibi_bias_max", "softmax_scale", "logit_scale"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise InputError(f"model config: {name} is {shown(value)}; it must be a finite number")
+        window = self.sliding_window
+        if window is not None and not (_is_int(window) and 1 <= window <= MAX_SIZE):
+            raise InputError(f"model config: sliding_window is {shown(window)}; it must be a positive integer")
+        for value in (*self.eos_token_ids, *(() if self.bos_token_id is None else (self.bos_token_id,))):
+            if not _is_int(value) or not 0 <= value <= MAX_SIZE:
+                raise InputError(f"model config: {shown(value)} is no token id")
         if self.num_heads % self.num_kv_heads:
             raise InputError(
                 f"model config: {self.num_heads} query heads cannot share {self.num_kv_heads} key/value heads evenly"
@@ -138,18 +156,23 @@ class ModelConfig:
         architecture = raw.get("model_type")
         if architecture not in ARCHITECTURES:
             raise InputError(
-                f"{source}: model_type {architecture!r} is not supported; allowed: {', '.join(ARCHITECTURES)}"
+                f"{source}: model_type {shown(architecture)} is not supported; allowed: {', '.join(ARCHITECTURES)}"
             )
         from .hf_config import read_fields
 
-        fields = read_fields(raw, source)
+        try:
+            fields = read_fields(raw, source)
+        except InputError:
+            raise
+        except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as error:
+            raise InputError(f"{source}: a value has a wrong type or size ({error})") from None
         eos: list[int] = []
         for value in (raw.get("eos_token_id"), (generation or {}).get("eos_token_id")):
             eos += value if isinstance(value, list) else [] if value is None else [value]
         return ModelConfig(
             architecture=architecture,
             bos_token_id=raw.get("bos_token_id"),
-            eos_token_ids=tuple(dict.fromkeys(eos)),
+            eos_token_ids=tuple(i for n, i in enumerate(eos) if i not in eos[:n]),
             **fields,
         )
 
@@ -157,18 +180,28 @@ class ModelConfig:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; InputError where it is missing or is something else."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(
             f"{path}: no such file; a model folder needs config.json, tokenizer.json, *.safetensors"
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(raw, dict):
         raise InputError(f"{path}: holds a {type(raw).__name__}, not a JSON object")
     return raw
 
 
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def shown(value: Any) -> str:
+    """A value from a file as a message can hold it."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 def one_of(name: str, value: Any, allowed: tuple[Any, ...], source: str = "model config") -> None:
     if value not in allowed:
-        raise InputError(f"{source}: {name} {value!r} is not supported; allowed: {', '.join(map(str, allowed))}")
+        raise InputError(f"{source}: {name} {shown(value)} is not supported; allowed: {', '.join(map(str, allowed))}")

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +29,7 @@ from .quantize import PREFIX, Quantization, QuantizedView, check_shapes, quantiz
 from .tokenizer import tokenizer_from_gguf
 from .weights import SafetensorsFolder, check_tensors
 
+_BIN_NAME = re.compile(r"[^/\\\x00]{1,240}\.bin")
 MAX_SHARD_BYTES = 5 * 10**9
 _COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*")
 _NOT_COPIED = ("*.index.json", "*.safetensors", "*.bin")
@@ -43,7 +45,9 @@ class BinFolder(Mapping[str, torch.Tensor]):
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise InputError(f"{index}: weight_map is missing")
-            names = sorted(set(weight_map.values()))
+            names = sorted(set(weight_map.values())) if all(isinstance(v, str) for v in weight_map.values()) else []
+            if not all(_BIN_NAME.fullmatch(name) for name in names):
+                raise InputError(f"{index}: names a shard that is no *.bin file in this folder")
         else:
             names = sorted(f.name for f in self.path.glob("pytorch_model*.bin"))
         if not names:
@@ -91,7 +95,7 @@ def _load_bin(file: Path) -> dict[str, torch.Tensor]:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise InputError(f"{file}: holds more than tensors, or is no torch checkpoint; it is not read") from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001  (the unpickler raises what damaged opcodes make it raise)
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{file}: not a whole torch checkpoint ({reason}); fetch it again") from None
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):

@@ -105,8 +105,13 @@ class GGUFFile(Mapping[str, torch.Tensor]):
         self.path = Path(path)
         self.metadata: dict[str, Any] = {}
         self._infos: dict[str, _TensorInfo] = {}
-        self._read_header()
-        self.config = self._config()
+        try:
+            self._read_header()
+            self.config = self._config()
+        except InputError:
+            raise
+        except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as error:
+            raise InputError(f"{self.path}: a value of the header has a wrong type or size ({error})") from None
         self._names = self._hf_names()
         self.shapes = {self._names.get(name, name): info.shape for name, info in self._infos.items()}
         self.shapes.pop("rope_freqs.weight", None)
@@ -143,7 +148,11 @@ class GGUFFile(Mapping[str, torch.Tensor]):
         alignment = self.metadata.get("general.alignment", 32)
         start = -(-cursor.at // alignment) * alignment
         for name, dims, type_id, offset in raw:
+            if name in self._infos:
+                raise InputError(f"{self.path}: tensor {name!r} is there twice; the file is corrupted")
             self._infos[name] = self._tensor_info(name, dims, type_id, start + offset)
+        if sum(info.num_bytes for info in self._infos.values()) > len(self._data):
+            raise InputError(f"{self.path}: its tensors overlap; the file is corrupted")
 
     def _tensor_info(self, name: str, dims: tuple[int, ...], type_id: int, offset: int) -> _TensorInfo:
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType

@@ -8,7 +8,7 @@ from typing import Any
 
 from specialize.errors import InputError
 
-from .config import ModelConfig, RopeScaling, one_of
+from .config import MAX_LAYERS, ModelConfig, RopeScaling, one_of, shown
 
 
 def read_fields(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -28,6 +28,15 @@ def _need(raw: Mapping[str, Any], source: str, *names: str) -> Any:
     raise InputError(f"{source}: {names[0]} is missing")
 
 
+def _layers(raw: Mapping[str, Any], source: str, *names: str) -> int:
+    value = _need(raw, source, *names)
+    if type(value) is not int or not 1 <= value <= MAX_LAYERS:
+        raise InputError(
+            f"{source}: {names[0]} (num_layers) is {shown(value)}; it must be an integer from 1 to {MAX_LAYERS}"
+        )
+    return value
+
+
 def _known_keys(raw: Mapping[str, Any], known: set[str], what: str, source: str) -> None:
     surplus = sorted(k for k in raw if k not in known and not k.startswith("_"))
     if surplus:
@@ -37,7 +46,7 @@ def _known_keys(raw: Mapping[str, Any], known: set[str], what: str, source: str)
 def _llama_fields(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
     kind = raw["model_type"]
     one_of("hidden_act", raw.get("hidden_act", "silu"), ("silu", "swish"), source)
-    num_layers = _need(raw, source, "num_hidden_layers")
+    num_layers = _layers(raw, source, "num_hidden_layers")
     num_heads = _need(raw, source, "num_attention_heads")
     hidden_size = _need(raw, source, "hidden_size")
     max_context = _need(raw, source, "max_position_embeddings")
@@ -159,7 +168,7 @@ def _mpt_fields(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
     _known_keys(attn, _MPT_ATTN_KEYS, "attn_config", source)
     d_model = _need(raw, source, "d_model", "hidden_size")
     num_heads = _need(raw, source, "n_heads", "num_attention_heads")
-    num_layers = _need(raw, source, "n_layers", "num_hidden_layers")
+    num_layers = _layers(raw, source, "n_layers", "num_hidden_layers")
     max_context = raw.get("max_seq_len", 2048)
     attn_type = attn.get("attn_type", "multihead_attention")
     one_of("attn_type", attn_type, ("multihead_attention", "multiquery_attention", "grouped_query_attention"), source)

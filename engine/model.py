@@ -55,7 +55,7 @@ from .quantize import (
     stored_quantization,
 )
 from .rope_tables import rope_tables
-from .weights import RandomTensors, open_checkpoint
+from .weights import FiniteTensors, RandomTensors, open_checkpoint
 
 
 class LayerAdapters(Protocol):
@@ -245,7 +245,7 @@ class Model:
         config, tensors = open_checkpoint(path)
         return Model(
             config,
-            tensors,
+            FiniteTensors(tensors, str(path)),
             dtype=dtype,
             device=device,
             inference=inference,

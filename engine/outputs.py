@@ -57,7 +57,8 @@ class Outputs:
         for i in np.flatnonzero(kept & ~np.isfinite(logprobs)).tolist():
             sequence = plan.sampled[i]
             if sequence not in errors:
-                errors[sequence] = "the model gave no finite logits"
+                step = int(plan.sampled_at[i]) - sequence.num_prompt
+                errors[sequence] = f"request {sequence.request_id}: no finite logits at step {step} of its generation"
                 done[sequence] = None
                 self._scheduler.cut(sequence, int(plan.sampled_at[i]))
         if self._logprobs or self._watchers:

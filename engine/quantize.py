@@ -94,7 +94,7 @@ def quantization_of(raw: Mapping[str, Any], source: str) -> Quantization | None:
         )
     format_name, head = stored.get("format"), stored.get("head", False)
     if format_name not in FORMATS or not isinstance(head, bool):
-        raise InputError(f"{source}: quantization_config has format {format_name!r}; known: {', '.join(FORMATS)}")
+        raise InputError(f"{source}: quantization_config has format {format_name!r:.80}; known: {', '.join(FORMATS)}")
     return Quantization(format_name, head)
 
 

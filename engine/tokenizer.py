@@ -18,7 +18,7 @@ from tokenizers import Tokenizer as Backend
 from specialize.errors import InputError
 
 from .chat_template import render_chat
-from .config import ModelConfig, read_json
+from .config import ModelConfig, read_json, shown
 
 _GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _MODERN_SPLIT = (
@@ -37,6 +37,8 @@ _PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2"), (_MODERN_SPLIT % "",)),
     "tekken": (_TEKKEN_SPLIT,),
 }
+# Every split of a token is looked at to find its merges, so the work grows with the square of its length.
+_MAX_TOKEN_CHARS = 1024
 _CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6  # tokenizer.ggml.token_type
 
 
@@ -97,12 +99,22 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. Special tokens spelled out in it are recognised."""
-        return self.backend.encode(_text(text), add_special_tokens=add_special_tokens).ids
+        try:
+            return self.backend.encode(_text(text), add_special_tokens=add_special_tokens).ids
+        except Exception as error:  # noqa: BLE001  (the package raises plain Exception: a tokenizer.json that lacks parts)
+            raise self._unusable(error) from None
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """`encode` of many texts, in parallel."""
-        encodings = self.backend.encode_batch_fast([_text(t) for t in texts], add_special_tokens=add_special_tokens)
+        checked = [_text(t) for t in texts]
+        try:
+            encodings = self.backend.encode_batch_fast(checked, add_special_tokens=add_special_tokens)
+        except Exception as error:  # noqa: BLE001  (as in `encode`)
+            raise self._unusable(error) from None
         return [encoding.ids for encoding in encodings]
+
+    def _unusable(self, error: Exception) -> InputError:
+        return error if isinstance(error, InputError) else InputError(f"{self.source}: cannot tokenize ({error})")
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD."""
@@ -201,7 +213,9 @@ def _from_folder(folder: Path) -> Tokenizer:
         raise InputError(f"{file}: no such file; a model folder needs it{other}")
     try:
         backend = Backend.from_file(str(file))
-    except Exception as error:  # noqa: BLE001  (the package raises plain Exception for every defect of the file)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # noqa: BLE001  (the package raises plain Exception, and its panics are no Exception)
         raise InputError(f"{file}: not a usable tokenizer ({error})") from None
     options = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
     config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
@@ -216,16 +230,30 @@ def _from_folder(folder: Path) -> Tokenizer:
     bos = _token_id(backend, options.get("bos_token"))
     template = options.get("chat_template")
     if isinstance(template, list):  # several named templates
-        template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
+        named = [e for e in template if isinstance(e, dict) and e.get("name") == "default"]
+        template = named[-1].get("template") if named else None
     if (folder / "chat_template.jinja").exists():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        try:
+            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise InputError(f"{folder / 'chat_template.jinja'}: not readable ({error})") from None
+    bos = bos if bos is not None else config.get("bos_token_id")
+    _check_parts(str(folder), [*eos, *([] if bos is None else [bos])], template)
     return Tokenizer(
         backend,
-        bos_id=bos if bos is not None else config.get("bos_token_id"),
+        bos_id=bos,
         eos_ids=eos,
         chat_template=template,
         source=str(folder),
     )
+
+
+def _check_parts(source: str, ids: Sequence[Any], template: Any) -> None:
+    for value in ids:
+        if type(value) is not int or not 0 <= value < 2**31:
+            raise InputError(f"{source}: {shown(value)} is no token id")
+    if template is not None and not isinstance(template, str):
+        raise InputError(f"{source}: the chat template is a {type(template).__name__}; it must be text")
 
 
 def _token_id(backend: Backend, token: Any) -> int | None:
@@ -236,10 +264,23 @@ def _token_id(backend: Backend, token: Any) -> int | None:
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
     """Builds the tokenizer that a GGUF file describes: byte-level BPE ("gpt2") or SentencePiece ("llama")."""
+    try:
+        return _from_gguf(metadata, source)
+    except (InputError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # noqa: BLE001  (values of the wrong type; the package's plain Exceptions and panics)
+        raise InputError(f"{source}: its tokenizer is damaged ({error})") from None
+
+
+def _from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
     kind = metadata.get("tokenizer.ggml.model")
     tokens = metadata.get("tokenizer.ggml.tokens")
     if kind not in ("gpt2", "llama") or not isinstance(tokens, list):
         raise InputError(f"{source}: tokenizer {kind!r} is not supported; allowed: gpt2, llama")
+    if not all(isinstance(token, str) and len(token) <= _MAX_TOKEN_CHARS for token in tokens):
+        raise InputError(
+            f"{source}: a token is no text of at most {_MAX_TOKEN_CHARS} characters; the file is corrupted"
+        )
     types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
     backend = _byte_level(metadata, tokens, source) if kind == "gpt2" else _sentencepiece(metadata, tokens)
     vocab = backend.get_vocab(with_added_tokens=False)
@@ -257,6 +298,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
             special_tokens=[(t, tokens.index(t)) for t in dict.fromkeys([*start, *end])],
         )
     template = metadata.get("tokenizer.chat_template")
+    _check_parts(source, [*eos, *([] if bos is None else [bos])], template)
     return Tokenizer(backend, bos_id=bos, eos_ids=eos, chat_template=template, source=source)
 
 

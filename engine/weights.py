@@ -21,6 +21,7 @@ from .quantize import PREFIX, quantized_tensors, stored_quantization
 
 # Buffers that older exporters wrote beside the weights; they follow from the config.
 _DERIVED = re.compile(r"(\.rotary_emb\.inv_freq|\.attn\.(masked_)?bias|\.attn_bias|\.position_ids)$")
+_SHARD_NAME = re.compile(r"[^/\\\x00]{1,240}\.safetensors")
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _QUANTIZED = {"I8", "U8", "F8_E4M3", "F32"}
 
@@ -39,7 +40,10 @@ class SafetensorsFolder(Mapping[str, torch.Tensor]):
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
                 raise InputError(f"{index}: weight_map is missing or malformed")
-            files = [self.path / name for name in sorted(set(weight_map.values()))]
+            names = sorted(set(weight_map.values()))
+            if strange := [name for name in names if not _SHARD_NAME.fullmatch(name)]:
+                raise InputError(f"{index}: shard {strange[0][:80]!r} is no *.safetensors file name in this folder")
+            files = [self.path / name for name in names]
         else:
             single = self.path / "model.safetensors"
             files = [single] if single.exists() else sorted(self.path.glob("*.safetensors"))
@@ -138,6 +142,37 @@ def check_tensors(
                     f"{source}: {name} has {found[name][0]} rows, but the config's vocab_size is {config.vocab_size}"
                 )
             raise InputError(f"{source}: {name} has shape {tuple(found[name])}, the config calls for {shape}")
+
+
+class FiniteTensors(Mapping[str, torch.Tensor]):
+    """Tensors of ``tensors``, each looked at when it is read: NaN or infinity in one is an InputError naming it."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], source: str) -> None:
+        self._tensors, self._source = tensors, source
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor = self._tensors[name]
+        if not is_finite(tensor):
+            raise InputError(
+                f"{self._source}: tensor {name} holds NaN or infinity; the checkpoint is damaged or its training failed"
+            )
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether every number is finite, in one pass that allocates nothing of a wide tensor's size."""
+    if tensor.numel() == 0 or not tensor.is_floating_point():
+        return True
+    if tensor.itemsize == 1:  # fp8 has no arithmetic; its NaN is all ones but for the sign
+        return not bool(((tensor.view(torch.uint8) & 0x7F) == 0x7F).any())
+    low, high = torch.aminmax(tensor)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def _some(names: list[str], limit: int = 5) -> str:

@@ -68,9 +68,21 @@ class BM25:
     def load(cls, folder: Path, count: int) -> BM25:
         try:
             scorer = bm25s.BM25.load(folder, mmap=True, load_vocab=True)
-        except (OSError, ValueError, KeyError) as error:
+            scores = scorer.scores
+            found, starts, ids = int(scores["num_docs"]), np.asarray(scores["indptr"]), np.asarray(scores["indices"])
+            whole = (
+                len(starts) == len(scorer.vocab_dict) + 1
+                and starts[0] == 0
+                and bool((np.diff(starts) >= 0).all())
+                and starts[-1] == len(ids) == len(scores["data"])
+                and (len(ids) == 0 or (ids.min() >= 0 and ids.max() < found))
+                and all(type(i) is int and 0 <= i < len(starts) - 1 for i in scorer.vocab_dict.values())
+                and bool(np.isfinite(scores["data"]).all())
+            )
+        except Exception as error:
             raise InputError(f"{folder} is damaged ({error}); delete it and build the index again") from error
-        found = int(scorer.scores["num_docs"])
+        if not whole:
+            raise InputError(f"{folder} is damaged (its numbers contradict each other); build the index again")
         if found != count:
             raise InputError(f"{folder} counts {found} passages, the manifest {count}; build the index again")
         return cls(scorer, count)

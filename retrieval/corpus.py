@@ -4,7 +4,6 @@ into passages of words with overlap. A malformed place is an InputError that nam
 from __future__ import annotations
 
 import gzip
-import json
 import re
 import zlib
 from collections.abc import Iterator
@@ -12,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from specialize.errors import InputError
+from specialize.errors import InputError, parse_json
 
 DEFAULT_MAX_WORDS = 150  # about 230 WordPiece tokens of biomedical prose; MiniLM reads 256
 DEFAULT_OVERLAP_WORDS = 30
+MAX_RECORD_BYTES = 64 << 20  # one document; far above the longest article, and what a hostile file may make us hold
+MAX_XML_DEPTH = 200
 
 
 @dataclass(frozen=True)
@@ -110,12 +111,14 @@ def _read_file(file: Path, root: Path) -> Iterator[_Located]:
 
 def _read_jsonl(file: Path, root: Path) -> Iterator[_Located]:
     with file.open("rb") as lines:
-        for number, raw in enumerate(lines, start=1):
+        for number, raw in enumerate(iter(lambda: lines.readline(MAX_RECORD_BYTES + 1), b""), start=1):
             place = f"{file}:{number}"
+            if len(raw) > MAX_RECORD_BYTES:
+                raise InputError(f"{place}: a line of more than {MAX_RECORD_BYTES >> 20} MiB; cut the document")
             if not raw.strip():
                 continue
             try:
-                row = json.loads(raw.decode("utf-8"))
+                row = parse_json(raw.decode("utf-8"))
             except UnicodeDecodeError as error:
                 raise InputError(f"{place}: not UTF-8 ({error.reason} at byte {error.start} of the line)") from error
             except ValueError as error:
@@ -162,7 +165,9 @@ def _read_parquet(file: Path, root: Path) -> Iterator[_Located]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.ParquetFile(file)
+        table = pyarrow.parquet.ParquetFile(
+            file, thrift_string_size_limit=MAX_RECORD_BYTES, thrift_container_size_limit=10_000_000
+        )
         names = table.schema_arrow.names
         missing = [name for name in ("id", "text") if name not in names]
         if missing:
@@ -173,8 +178,9 @@ def _read_parquet(file: Path, root: Path) -> Iterator[_Located]:
             for row in batch.to_pylist():
                 row_number += 1
                 yield _located(row, f"{file}: row {row_number}")
-    except pyarrow.ArrowInvalid as error:
-        raise InputError(f"{file}: damaged or not a Parquet file ({str(error).splitlines()[0]})") from error
+    except (pyarrow.ArrowException, UnicodeDecodeError, MemoryError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{file}: damaged or not a Parquet file ({reason})") from error
 
 
 def _read_pubmed(file: Path, root: Path) -> Iterator[_Located]:
@@ -186,25 +192,56 @@ def _read_pubmed(file: Path, root: Path) -> Iterator[_Located]:
 
     opener = gzip.open if file.name.lower().endswith(".gz") else open
     with opener(file, "rb") as handle:
-        stream = cast(BinaryIO, handle)
+        stream = _Bounded(cast(BinaryIO, handle), str(file))
         root_element: Element | None = None
         try:
-            for event, element in iterparse(stream, events=("start", "end")):
+            depth = 0
+            for event, element in iterparse(cast(BinaryIO, stream), events=("start", "end")):
                 if root_element is None:
                     root_element = element
-                if event != "end" or element.tag not in ("PubmedArticle", "PubmedBookArticle"):
-                    continue
-                document = _pubmed_document(element)
-                if document is not None:
-                    yield _Located(document, f"{file}: {document.id}", revisions_allowed=True)
-                if root_element is not None:
-                    root_element.clear()  # the parsed articles would otherwise stay in memory
+                depth += 1 if event == "start" else -1
+                if depth > MAX_XML_DEPTH:
+                    raise InputError(f"{file}: elements within elements, more than {MAX_XML_DEPTH} deep")
+                if event == "end" and element.tag in ("PubmedArticle", "PubmedBookArticle"):
+                    document = _pubmed_document(element)
+                    if document is not None:
+                        yield _Located(document, f"{file}: {document.id}", revisions_allowed=True)
+                    element.clear()  # what is parsed would otherwise stay in memory
+                    stream.begin_record()
+                elif event == "end" and depth == 1:
+                    element.clear()
+                    stream.begin_record()
+                if event == "end" and depth == 1:
+                    root_element.clear()  # type: ignore[union-attr]
+        except (LookupError, UnicodeError) as error:
+            raise InputError(f"{file}: its XML names an unknown encoding ({error})") from error
         except ParseError as error:
             raise InputError(f"{file}:{error.position[0]}: not well-formed XML ({error})") from error
         except DefusedXmlException as error:
             raise InputError(f"{file}: refused, it declares XML entities ({type(error).__name__})") from error
         except (EOFError, zlib.error) as error:
             raise InputError(f"{file}: damaged or cut-off gzip file ({error})") from error
+
+
+class _Bounded:
+    """A stream that refuses to give more than `MAX_RECORD_BYTES` for one record: what is kept while parsing is bounded
+    by the record, however little the compressed file is."""
+
+    def __init__(self, stream: BinaryIO, name: str) -> None:
+        self._stream, self._name, self._given = stream, name, 0
+
+    def begin_record(self) -> None:
+        self._given = 0
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._stream.read(size)
+        self._given += len(data)
+        if self._given > MAX_RECORD_BYTES:
+            raise InputError(f"{self._name}: an article of more than {MAX_RECORD_BYTES >> 20} MiB")
+        return data
+
+    def close(self) -> None:
+        self._stream.close()
 
 
 def _pubmed_document(article: Any) -> Document | None:

@@ -23,10 +23,11 @@ from typing import Any, Literal, Protocol
 import hnswlib
 import numpy as np
 
-from specialize.errors import InputError
+from specialize.errors import InputError, parse_json
 
 from .bm25 import BM25
 from .corpus import DEFAULT_MAX_WORDS, DEFAULT_OVERLAP_WORDS, Document, Passage, chunk, read_corpus
+from .graph_file import check_graph
 from .hybrid import reciprocal_rank_fusion
 
 FORMAT = 1
@@ -182,6 +183,10 @@ class Index:
         if _sha256(folder / "passages.jsonl") != manifest.passages_sha256:
             raise InputError(f"{folder}/passages.jsonl is not the file the index was made from: build the index again")
         store = _Passages(folder / "passages.jsonl")
+        if len(store) != manifest.count:
+            raise InputError(
+                f"{folder}: {len(store)} passages, the manifest counts {manifest.count}; build the index again"
+            )
         bm25 = BM25.load(folder / "bm25", manifest.count)
         graph = _load_graph(folder, manifest) if manifest.embedder is not None else None
         return cls(folder, manifest, store, bm25, graph, embedder)
@@ -223,7 +228,10 @@ class Index:
         k = min(k, len(self))
         if k > self.manifest.ef:
             self._graph.set_ef(k)
-        numbers, distances = self._graph.knn_query(vectors, k=k, num_threads=1)
+        try:
+            numbers, distances = self._graph.knn_query(vectors, k=k, num_threads=1)
+        except RuntimeError as error:  # links that lie inside the file, and do not lead to k vectors
+            raise InputError(f"{self.folder}/hnsw.bin is damaged ({error}); build the index again") from None
         if k > self.manifest.ef:
             self._graph.set_ef(self.manifest.ef)
         return numbers.astype(np.int64), 1.0 - distances
@@ -304,8 +312,14 @@ class _Passages:
         if not 0 <= number < len(self):
             raise IndexError(number)
         start, stop = int(self._offsets[number]), int(self._offsets[number + 1])
-        row = json.loads(os.pread(self._file.fileno(), stop - start, start))
-        return Passage(row["id"], row["document_id"], row["title"], row["text"])
+        try:
+            row = json.loads(os.pread(self._file.fileno(), stop - start, start))
+            fields = [row[name] for name in ("id", "document_id", "title", "text")]
+            if not all(isinstance(field, str) for field in fields):
+                raise TypeError("a field is no text")
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise InputError(f"{self._path}:{number + 1}: damaged ({error}); build the index again") from None
+        return Passage(*fields)
 
     def __iter__(self):
         return (self[number] for number in range(len(self)))
@@ -399,7 +413,9 @@ def _check_settings(out: Path, settings: dict[str, Any]) -> None:
         path = out / name
         if path.is_file():
             try:
-                there = json.loads(path.read_text(encoding="utf-8"))
+                there = parse_json(path.read_text(encoding="utf-8"))
+                if not isinstance(there, dict):
+                    raise ValueError("no JSON object")
             except ValueError as error:
                 raise InputError(f"{path} is damaged ({error}); delete the folder and build the index again") from error
             for key, value in settings.items():
@@ -451,8 +467,9 @@ def _shard(path: Path, dim: int) -> np.ndarray | None:
     if not path.exists():
         return None
     try:
-        rows = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        # Mapped, so that a header which promises more than the file holds asks for no memory.
+        rows = np.array(np.lib.format.open_memmap(path, mode="r"))
+    except Exception as error:
         raise InputError(f"{path} is damaged ({error}); delete it and run the build again") from error
     if rows.ndim != 2 or rows.shape[1] != dim or rows.dtype != np.float32:
         raise InputError(f"{path} holds {rows.dtype} {rows.shape}, not fp32 rows of {dim}; build in another folder")
@@ -524,6 +541,7 @@ def _load_graph(folder: Path, manifest: Manifest) -> Any:
     size = path.stat().st_size if path.is_file() else -1
     if size != manifest.hnsw_bytes:
         raise InputError(f"{path} has {size} bytes, the manifest says {manifest.hnsw_bytes}; build the index again")
+    check_graph(path, dim=manifest.dim, count=manifest.count, M=manifest.M)
     graph = hnswlib.Index(space=manifest.space, dim=manifest.dim)
     try:
         graph.load_index(str(path), max_elements=manifest.count)
@@ -543,14 +561,20 @@ def _load_graph(folder: Path, manifest: Manifest) -> Any:
 
 def _read_manifest(path: Path) -> Manifest:
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = parse_json(path.read_text(encoding="utf-8"))
         if fields.get("format") != FORMAT:
             raise InputError(
                 f"{path}: index format {fields.get('format')!r}, this version reads {FORMAT}; build it again"
             )
         if fields.get("space") not in SPACES:
             raise InputError(f"{path}: space {fields.get('space')!r}, allowed are {', '.join(SPACES)}")
-        return Manifest(**fields)
+        manifest = Manifest(**fields)
+        whole = ("dim", "count", "num_documents", "M", "ef_construction", "ef", "hnsw_bytes")
+        if not all(type(getattr(manifest, n)) is int and 0 <= getattr(manifest, n) < 2**40 for n in whole):
+            raise ValueError("a count is no whole number")
+        if manifest.embedder is not None and not (isinstance(manifest.embedder, str) and 1 <= manifest.ef <= 2**20):
+            raise ValueError("embedder or ef is out of range")
+        return manifest
     except (ValueError, TypeError, AttributeError) as error:
         if isinstance(error, InputError):
             raise

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
+from .sqlite_reader import Connection, stored_json
 
 _FORMAT = 1
 _SCHEMA = """
@@ -87,7 +88,7 @@ class Ledger:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         try:
-            self._db = sqlite3.connect(self.path, isolation_level=None, timeout=30)
+            self._db = sqlite3.connect(self.path, isolation_level=None, timeout=30, factory=Connection)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
             self._db.executescript(_SCHEMA)
@@ -127,14 +128,14 @@ class Ledger:
 
     def meta(self, key: str, default: Any = None) -> Any:
         row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-        return default if row is None else json.loads(row[0])
+        return default if row is None else stored_json(row[0])
 
     def set_meta(self, key: str, value: Any) -> None:
         self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value)))
 
     def stages(self) -> dict[str, Stage]:
         rows = self._db.execute("SELECT name, fingerprint, settings, done, seconds, info FROM stages ORDER BY rowid")
-        return {r[0]: Stage(r[0], r[1], json.loads(r[2]), bool(r[3]), r[4], json.loads(r[5])) for r in rows}
+        return {r[0]: Stage(r[0], r[1], stored_json(r[2]), bool(r[3]), r[4], stored_json(r[5])) for r in rows}
 
     def begin_stage(self, name: str, fingerprint: str, settings: dict[str, Any]) -> None:
         self._db.execute(
@@ -180,7 +181,7 @@ class Ledger:
             f"provenance FROM items WHERE {' AND '.join(where)} ORDER BY id",
             values,
         )
-        return [Item(*row[:12], provenance=json.loads(row[12])) for row in rows]
+        return [Item(*row[:12], provenance=stored_json(row[12])) for row in rows]
 
     def item_ids(self, *, round: int | None = None) -> set[str]:
         rows = self._db.execute("SELECT id FROM items WHERE ? IS NULL OR round = ?", (round, round))
@@ -249,7 +250,7 @@ class Ledger:
         )
         for row in rows:
             if wanted is None or row[1] in wanted:
-                found.setdefault(row[1], []).append(Reply(*row[:7], provenance=json.loads(row[7])))
+                found.setdefault(row[1], []).append(Reply(*row[:7], provenance=stored_json(row[7])))
         return found
 
     def reply_ids(self, purpose: str) -> set[str]:

@@ -178,6 +178,7 @@ _CHOICES = {
     "tune.init": ("kaiming", "pissa"),
     "tune.schedule": ("linear", "cosine", "constant"),
 }
+_MAX_BYTES = 1 << 20
 # Inclusive bounds of numbers; None is open.
 _BOUNDS: dict[str, tuple[float, float | None]] = {
     "examples": (1, None),
@@ -224,6 +225,29 @@ _BOUNDS: dict[str, tuple[float, float | None]] = {
 }
 
 
+def _compose(path: Path) -> Any:
+    """The YAML node tree of a small file without aliases: those could make a few lines stand for more than memory
+    holds."""
+    import yaml
+
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise InputError(f"{path}: larger than {_MAX_BYTES >> 20} MiB; this is no recipe")
+        text = path.read_text(encoding="utf-8")
+        for token in yaml.scan(text, Loader=yaml.SafeLoader):
+            if isinstance(token, yaml.AliasToken | yaml.AnchorToken):
+                line = token.start_mark.line + 1
+                raise InputError(f"{path}:{line}: anchors and aliases (& and *) are not taken; write the value out")
+        return yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise InputError(f"{path}:{line}: not YAML: {error.problem}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise InputError(f"{path}: nested too deeply; this is no recipe") from None
+
+
 class _Reader:
     """Turns a YAML node tree into dataclasses; every complaint names the line."""
 
@@ -258,7 +282,10 @@ class _Reader:
     def value(self, hint: Any, node: Any, path: str) -> Any:
         import yaml
 
-        value = yaml.SafeLoader("").construct_object(node, deep=True)
+        try:
+            value = yaml.SafeLoader("").construct_object(node, deep=True)
+        except (yaml.YAMLError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
+            raise self.fail(node, f"{path} holds no usable value ({' '.join(str(error).split())[:200]})") from None
         try:
             return check_value(path, hint, value)
         except InputError as error:
@@ -336,13 +363,7 @@ def read_recipe(name_or_path: str | Path) -> tuple[Recipe, dict[str, str]]:
     path = shipped().get(str(name_or_path), Path(name_or_path))
     if not path.is_file():
         raise InputError(f"recipe: {name_or_path} is neither a file nor shipped; shipped: {', '.join(shipped())}")
-    try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise InputError(f"{path}:{line}: not YAML: {error.problem}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    root = _compose(path)
     inputs: dict[str, str] = {}
     if root is None:
         return Recipe(), inputs
@@ -362,13 +383,17 @@ def _read_inputs(reader: _Reader, node: Any, folder: Path) -> dict[str, str]:
         raise reader.fail(node, "inputs must be a mapping of " + ", ".join(INPUTS))
     inputs = {}
     for key, value in node.value:
-        if key.value not in INPUTS:
+        if str(key.value) not in INPUTS:
             raise reader.fail(key, f'unknown setting "inputs.{key.value}"; known here: {", ".join(INPUTS)}')
         if not isinstance(value, yaml.ScalarNode) or not value.value.strip():
             raise reader.fail(value, f"inputs.{key.value} must be a path" + " or a name" * (key.value == "model"))
-        path = folder / Path(value.value).expanduser()
+        try:
+            path = (folder / Path(value.value).expanduser()).resolve()
+            there = path.exists()
+        except (OSError, ValueError, RuntimeError) as error:  # a NUL, an endless name, an unknown user
+            raise reader.fail(value, f"inputs.{key.value} is no usable path ({error})") from None
         # A model may be a name that is fetched.
-        inputs[key.value] = value.value if key.value == "model" and not path.exists() else str(path.resolve())
+        inputs[key.value] = value.value if key.value == "model" and not there else str(path)
     return inputs
 
 
@@ -376,9 +401,12 @@ def remembered_inputs(path: Path) -> dict[str, str]:
     """The ``inputs`` of a run folder's recipe, whatever its settings: an older version's may be unknown to this one."""
     import yaml
 
-    found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    inputs = found.get("inputs", {}) if isinstance(found, dict) else {}
-    return {str(key): str(value) for key, value in inputs.items()}
+    root = _compose(path)
+    pairs = root.value if isinstance(root, yaml.MappingNode) else []
+    inputs = next((value for key, value in pairs if key.value == "inputs"), None)
+    if not isinstance(inputs, yaml.MappingNode):
+        return {}
+    return {str(key.value): value.value for key, value in inputs.value if isinstance(value, yaml.ScalarNode)}
 
 
 def override(recipe: Recipe, settings: Mapping[str, Any] | Sequence[str]) -> Recipe:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
+from .errors import InputError, parse_json
 
 METRICS = ("token_f1", "entity_f1", "rouge_l")
 _METRIC_ALIASES = {"f1": "token_f1", "rougeL": "rouge_l", "rouge-l": "rouge_l"}
@@ -112,9 +112,11 @@ def read_json_lines(path: str | Path, what: str) -> Iterator[tuple[int, dict[str
                     continue
                 found = True
                 try:
-                    row = json.loads(line)
+                    row = parse_json(line)
                 except json.JSONDecodeError as error:
                     raise InputError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from None
+                except ValueError as error:
+                    raise InputError(f"{path}:{number}: not usable JSON: {error}") from None
                 if not isinstance(row, dict):
                     raise InputError(f"{path}:{number}: a {type(row).__name__} where a JSON object is wanted")
                 yield number, row
@@ -157,17 +159,19 @@ def read_seeds(path: str | Path) -> list[Seed]:
 
 def _read_task(path: Path) -> Task:
     try:
-        row = json.loads(path.read_text(encoding="utf-8-sig"))
+        row = parse_json(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise InputError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not usable JSON: {error}") from None
     if not isinstance(row, dict):
         raise InputError(f"{path}: a {type(row).__name__} where a task object is wanted")
     metric = row.get("metric", "token_f1")
-    metric = _METRIC_ALIASES.get(metric, metric)
+    metric = _METRIC_ALIASES.get(metric, metric) if isinstance(metric, str) else metric
     if metric not in METRICS:
-        raise InputError(f'{path}: metric "{metric}" is unknown; known: {", ".join(METRICS)}')
+        raise InputError(f'{path}: metric "{metric!s:.80}" is unknown; known: {", ".join(METRICS)}')
     shots, examples = [], []
     for name in ("shots", "examples"):
         rows = row.get(name, [])

@@ -55,5 +55,7 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str
             if metadata.get("format") != FORMAT:
                 raise InputError(f"{path}: not a training checkpoint; delete it or pass another output folder")
             return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["state"])  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+    except (SafetensorError, KeyError, ValueError, RecursionError, OSError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{path}: damaged checkpoint ({error}); delete it to train from the start") from error

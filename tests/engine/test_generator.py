@@ -534,3 +534,26 @@ def test_half_precision_runs_and_batches_alike(dtype):
     prompts = prompts_of(10, 5, 20)
     done = Generator(model, None, EngineConfig(max_batch_tokens=16, max_sequences=4)).generate(prompts, GREEDY)
     assert all(len(c.token_ids) == 10 for c in done)
+
+
+def test_a_request_with_poisoned_logits_fails_alone(model, monkeypatch):
+    generator = Generator(model, config=EngineConfig())
+    prompts = [[5, 6, 7], [9, 8], [3, 1, 4, 1]]
+    whole = generator.generate(prompts, GREEDY)
+    launch = Runner.launch
+
+    @torch.inference_mode()
+    def poisoned(self, plan, rows):
+        draws = launch(self, plan, rows)
+        for i, sequence in enumerate(plan.sampled):
+            if sequence.request_id == 1 and plan.sampled_at[i] - sequence.num_prompt == 4:
+                draws.logprobs = draws.logprobs.clone()
+                draws.logprobs[i] = float("nan")  # what a row of NaN logits gives, see tests/kernels/test_sampling.py
+        return draws
+
+    monkeypatch.setattr(Runner, "launch", poisoned)
+    found = generator.generate(prompts, GREEDY)
+    assert [c.finish_reason for c in found] == ["length", "error", "length"]
+    assert "request 1" in found[1].error and "step 4" in found[1].error
+    assert found[1].token_ids == whole[1].token_ids[:4]
+    assert [found[i].token_ids for i in (0, 2)] == [whole[i].token_ids for i in (0, 2)]

@@ -130,3 +130,20 @@ def test_the_config_decides_what_a_checkpoint_must_hold(tmp_path):
     refused(tmp_path, r"missing: transformer\.blocks\.0\.norm_1\.bias.* and \d+ more")
     config, tensors = open_checkpoint(save_folder(tmp_path, mpt_dict()))
     assert config.architecture == "mpt" and "transformer.wte.weight" in tensors
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_that_are_no_numbers_are_named(folder, bad, dtype):
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(folder / "model.safetensors").items()}
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name][3, 5] = bad
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    refused(folder, f"tensor {name} holds NaN or infinity")
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "a/b.safetensors", "x" * 300, "m.bin"])
+def test_shards_are_files_of_the_folder(folder, name):
+    index = {"weight_map": dict.fromkeys(load_file(folder / "model.safetensors"), name)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(folder, "no .*file name in this folder")

@@ -150,7 +150,7 @@ def _edit_manifest(folder: Path, **changes) -> None:
     ("damage", "says"),
     [
         (lambda f: _edit_manifest(f, dim=8), "dim|fp32|embedding"),
-        (lambda f: _edit_manifest(f, count=21), "counts 20"),
+        (lambda f: _edit_manifest(f, count=21), "counts 21"),
         (lambda f: _edit_manifest(f, format=99), "format 99"),
         (lambda f: _edit_manifest(f, extra=1), "damaged"),
         (lambda f: (f / "manifest.json").write_text("{"), "damaged"),
