@@ -6,7 +6,18 @@ from typing import Any
 
 
 class InputError(ValueError):
-    """Wrong input. The message is one line: what was given, what is allowed, what to do. The CLI exits with code 2."""
+    """Wrong input. The message is one line: what was given, what is allowed, what to do. The CLI exits with code 2.
+
+    A message may quote what it found in a file, however long that is: beyond ``MAX_CHARACTERS`` its middle is left out.
+    """
+
+    MAX_CHARACTERS = 2000
+
+    def __init__(self, message: object = "") -> None:
+        text = str(message)
+        if len(text) > self.MAX_CHARACTERS:
+            text = f"{text[: self.MAX_CHARACTERS - 400]} … {text[-390:]}"
+        super().__init__(text)
 
 
 def parse_json(text: str | bytes) -> Any:
