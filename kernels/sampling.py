@@ -395,8 +395,9 @@ def sampling_kernel(
                 FLOOR,
                 CAPACITY,
             )
-            # Where the candidates hold all that is kept, nothing below looks at the row again.
-            few = (found <= CAPACITY) & tl.where(by_count, found >= top_k, mass >= top_p * total)
+            # Where the candidates hold all that is kept, nothing below looks at the row again. A row without a single
+            # number has no candidates: its ids were never written.
+            few = (found > 0) & (found <= CAPACITY) & tl.where(by_count, found >= top_k, mass >= top_p * total)
             size = tl.where(few, found, vocab_size)
             if by_count:
                 cut, num_equals, equals, total = _search(

@@ -151,15 +151,18 @@ def test_logprobs_are_of_the_logits_as_given(backend):
     torch.testing.assert_close(logprobs, expected)
 
 
+@pytest.mark.parametrize("top_k", [0, 5])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_masked_and_broken_logits(backend):
-    logits = torch.full((3, 130), -math.inf)
+def test_masked_and_broken_logits(backend, top_k):
+    logits = torch.full((5, 130), -math.inf)
     logits[0, 77] = 1.0
     logits[1, 5:9] = 0.0
     logits[2] = math.nan
-    inputs = SPEC.make_inputs({"B": 3, "V": 130, "top_p": 0.9}, "cpu", torch.float32, 5) | {"logits": logits}
-    token_ids, _ = sample(**inputs, backend=backend)
-    assert token_ids[0] == 77 and 5 <= token_ids[1] < 9 and 0 <= token_ids[2] < 130
+    logits[4] = math.inf
+    inputs = SPEC.make_inputs({"B": 5, "V": 130, "top_p": 0.9, "top_k": top_k}, "cpu", torch.float32, 5)
+    with poisoned():  # an id that was never written would lie far outside the row
+        token_ids, _ = sample(**inputs | {"logits": logits}, backend=backend)
+    assert token_ids[0] == 77 and 5 <= token_ids[1] < 9 and all(0 <= t < 130 for t in token_ids[2:])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
