@@ -172,7 +172,7 @@ class TracedTrainer(Trainer):
         with recorded_span("step"):
             return super().train_step()
 
-    def _build(self, examples: Any) -> list[MicroBatch]:
+    def _build(self, examples: Any) -> Any:
         with recorded_span("op:prepare batch"):
             return super()._build(examples)
 

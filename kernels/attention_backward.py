@@ -42,7 +42,7 @@ def delta_kernel(
 
     dout·v − δ cancels where few keys share a query, and an error of δ is the same for all of them.
     """
-    WIDE: tl.constexpr = tl.float64 if out.dtype.element_ty == tl.float32 else tl.float32
+    wide = tl.float64 if out.dtype.element_ty == tl.float32 else tl.float32
     head = tl.program_id(1).to(tl.int64)
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
@@ -50,7 +50,7 @@ def delta_kernel(
     mask = tokens_in[:, None] & (dims < HEAD_DIM)[None, :]
     o = tl.load(out + head * out_head + tokens[:, None] * out_stride + dims[None, :], mask=mask, other=0.0)
     do = tl.load(dout + head * dout_head + tokens[:, None] * dout_stride + dims[None, :], mask=mask, other=0.0)
-    tl.store(delta + head * stat_head + tokens, tl.sum(o.to(WIDE) * do.to(WIDE), 1), mask=tokens_in)
+    tl.store(delta + head * stat_head + tokens, tl.sum(o.to(wide) * do.to(wide), 1), mask=tokens_in)
 
 
 @triton.jit
