@@ -44,7 +44,7 @@ setup(
         "hnswlib>=0.8",  # approximate nearest neighbours
         "bm25s>=0.2.10",  # BM25, the paper's retriever
         "rapidfuzz>=3.9",  # exact ROUGE-L as normalised Indel similarity, fast
-        "click>=8.1",  # the command line
+        "click>=8.2",  # the command line
         "rich>=13",  # progress bars and tables
         "PyYAML>=6",  # recipes
         "huggingface_hub>=0.30",  # `specialize fetch` of hub checkpoints, resumable, hashed

@@ -26,7 +26,7 @@ import torch
 
 from specialize.errors import InputError
 
-from ..engine.config import ModelConfig
+from ..engine import shapes
 from ..engine.generator import Generator, Stats, choose_device, choose_dtype
 from ..engine.model import Model
 from ..engine.runner import Runner
@@ -35,16 +35,12 @@ from ..engine.scheduler import EngineConfig
 from .environment import ceilings, environment
 from .floor import Ceilings, generation_floor, measure_cpu
 
+# Contexts of 8,192 tokens suffice for what is measured, and the H100's figures are of them.
 SHAPES = {
-    "smollm2-135m": ModelConfig(
-        "llama", 49152, 576, 1536, 30, 9, 3, max_context=8192, rope_theta=100000.0, tied_embeddings=True
-    ),
-    "llama-8b": ModelConfig("llama", 128256, 4096, 14336, 32, 32, 8, max_context=8192, rope_theta=500000.0),
-    "mpt-7b": ModelConfig(
-        "mpt", 50432, 4096, 16384, 32, 32, max_context=2048, norm="layernorm", position="alibi", mlp="gelu",
-        fused_qkv_checkpoint=True, tied_embeddings=True,
-    ),
-}  # fmt: skip
+    "smollm2-135m": shapes.SHAPES["smollm2-135m"],
+    "llama-8b": replace(shapes.SHAPES["llama-3.1-8b"], max_context=8192, rope_scaling=None),
+    "mpt-7b": shapes.SHAPES["mpt-7b"],
+}
 _SUBJECTS = ["patients", "cells", "mice", "genes", "receptors", "neurons", "children", "tumours", "proteins", "samples"]
 _VERBS = ["showed", "expressed", "received", "lacked", "developed", "inhibited", "activated", "reduced", "carried"]
 _OBJECTS = ["insulin", "seizures", "mutations", "fever", "apoptosis", "anaemia", "hypertension", "collagen", "fibrosis"]

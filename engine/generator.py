@@ -100,7 +100,6 @@ class Generator:
         stored = kv_dtype_of(config.kv_dtype, model.dtype, model.device)
         self.plan = plan_on_device(
             model.config, config, dtype=model.dtype, device=model.device, quantization=model.quantization, loaded=True,
-            kv_dtype=None if config.kv_dtype == "auto" else config.kv_dtype,
         ).require()  # fmt: skip
         if not self.plan.packed_bytes:
             model.keep_unpacked()
@@ -145,7 +144,6 @@ class Generator:
         plan_on_device(
             read_config(path),
             config,
-            kv_dtype=None if config.kv_dtype == "auto" else config.kv_dtype,
             dtype=dtype,
             device=device,
             model=Path(path).name,

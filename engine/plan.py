@@ -206,7 +206,6 @@ def plan_generation(
     process_bytes: int,
     device: str = "cuda",
     quantization: Quantization | None = None,
-    kv_dtype: str | None = None,
     packs: bool = False,
     loaded: bool = False,
     model: str = "",
@@ -218,11 +217,9 @@ def plan_generation(
     A plan that does not fit has no pages.
     """
     engine = engine or EngineConfig()
-    if kv_dtype is not None and kv_dtype not in KV_DTYPES:
-        raise InputError(f"kv-dtype {kv_dtype!r} is not supported; allowed: {', '.join(KV_DTYPES)}")
     device_type = "cpu" if device == "cpu" else "cuda"
     limits = engine_limits(config, engine, device_type)
-    stored = KV_DTYPES[kv_dtype] if kv_dtype else dtype
+    stored = dtype if engine.kv_dtype == "auto" else KV_DTYPES[engine.kv_dtype]
     on_cpu = device_type == "cpu"
     workspace = workspace_bytes(config, limits.max_batch_tokens, limits.max_sequences, dtype, quantization)
     reserve = int(RESERVE[device_type] * memory_bytes)
@@ -247,7 +244,7 @@ def plan_generation(
         device=device,
         dtype=_name(dtype),
         weights=str(quantization or "none"),
-        kv_dtype=kv_dtype or _name(dtype),
+        kv_dtype=_name(stored),
         memory_bytes=memory_bytes,
         process_bytes=process_bytes + runtime,
         weights_bytes=held,
@@ -271,7 +268,6 @@ def plan_on_device(
     dtype: torch.dtype,
     device: torch.device | str,
     quantization: Quantization | None = None,
-    kv_dtype: str | None = None,
     loaded: bool = False,
     model: str = "",
 ) -> GenerationPlan:
@@ -285,7 +281,7 @@ def plan_on_device(
         )
     return plan_generation(
         config, engine, dtype=dtype, memory_bytes=engine.memory_bytes or there, process_bytes=held,
-        device="cpu" if device.type == "cpu" else str(device), quantization=quantization, kv_dtype=kv_dtype,
+        device="cpu" if device.type == "cpu" else str(device), quantization=quantization,
         packs=packs_weights(dtype, device, quantization), loaded=loaded, model=model,
     )  # fmt: skip
 

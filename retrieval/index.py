@@ -172,7 +172,12 @@ class Index:
         searches work."""
         folder = Path(folder)
         if not (folder / "manifest.json").is_file():
-            state = "is unfinished: run the same build again, it continues" if folder.is_dir() else "does not exist"
+            begun = any((folder / name).is_file() for name in ("building.json", "passages.jsonl"))
+            state = (
+                "is unfinished: run the same build again, it continues"
+                if begun
+                else "does not exist; `specialize index` makes one"
+            )
             raise InputError(f"index {folder} {state}")
         manifest = _read_manifest(folder / "manifest.json")
         if embedder is not None and manifest.embedder is not None and manifest.embedder != embedder.fingerprint:

@@ -793,6 +793,20 @@ def _sampling(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def _generator(common: Common, model: str, adapter: str | None, o: dict[str, Any]) -> tuple[Any, str | None]:
+    """The generator of `generate` and `chat`, and the adapter's name in it."""
+    from .standalone import existing_model, load_generator
+
+    names = ("quantize", "memory_bytes", "speculation", "kv_dtype")
+    return load_generator(
+        existing_model(model, common.reporter),
+        adapter=adapter,
+        dtype=common.prepare().dtype,
+        device=common.device,
+        **{name: o[name] for name in names},
+    )
+
+
 def _params(o: dict[str, Any], **more: Any) -> Any:
     from .engine.sampler import SamplingParams
 
@@ -827,7 +841,7 @@ def generate(common: Common, prompt: str | None, model: str, adapter: str | None
       specialize generate --model M --adapter my-run/adapter "List the diseases in the text." --input "A case of gout."
       specialize generate --model M --prompts in.jsonl --out out.jsonl --temperature 0.7 --n 4 --stats stats.json
     """
-    from .standalone import check_writable, existing_model, generate_file, load_generator, statistics
+    from .standalone import check_writable, generate_file, statistics
 
     if (prompt is None) == (o["prompts"] is None):
         raise InputError("generate: give a PROMPT or --prompts FILE, one of the two")
@@ -848,17 +862,7 @@ def generate(common: Common, prompt: str | None, model: str, adapter: str | None
         from .standalone import read_prompts
 
         read_prompts(o["prompts"])
-    path = existing_model(model, common.reporter)
-    generator, name = load_generator(
-        path,
-        adapter=adapter,
-        dtype=common.prepare().dtype,
-        device=common.device,
-        quantize=o["quantize"],
-        memory_bytes=o["memory_bytes"],
-        speculation=o["speculation"],
-        kv_dtype=o["kv_dtype"],
-    )
+    generator, name = _generator(common, model, adapter, o)
     if o["prompts"] is not None:
         stats = generate_file(generator, o["prompts"], o["out"], params, adapter=name, reporter=common.reporter)
         shown: Any = stats
@@ -903,19 +907,9 @@ def chat(common: Common, model: str, adapter: str | None, **o: Any) -> None:
       specialize chat --model smollm2-135m-instruct --adapter my-run/adapter
     """
     from .prompts import STOP
-    from .standalone import chat_prompt, existing_model, load_generator
+    from .standalone import chat_prompt
 
-    path = existing_model(model, common.reporter)
-    generator, name = load_generator(
-        path,
-        adapter=adapter,
-        dtype=common.prepare().dtype,
-        device=common.device,
-        quantize=o["quantize"],
-        memory_bytes=o["memory_bytes"],
-        speculation=o["speculation"],
-        kv_dtype=o["kv_dtype"],
-    )
+    generator, name = _generator(common, model, adapter, o)
     if adapter and not o["stop"]:
         o["stop"] = STOP
     params = _params(o)
@@ -1023,8 +1017,12 @@ def main(arguments: list[str] | None = None) -> None:
         code = 0
     except click.exceptions.Exit as error:
         code = error.exit_code
-    except click.UsageError as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
+        code = 2
+    except click.UsageError as error:
+        where = f"; see {error.ctx.command_path} --help" if error.ctx is not None else ""
+        print(f"specialize: {' '.join(error.format_message().split()).rstrip('.')}{where}", file=sys.stderr)
         code = 2
     except (KeyboardInterrupt, click.Abort):
         print("interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)

@@ -48,12 +48,13 @@ def plan_model(
 
     config, quantization, name = planned_model(model, quantize, reporter)
     place, chosen, capacity = planned_device(device, dtype, memory)
-    settings = {"dtype": chosen, "quantization": quantization, "kv_dtype": kv_dtype, "model": name}
+    engine = EngineConfig(memory_bytes=capacity, kv_dtype=kv_dtype or "auto")
+    settings = {"dtype": chosen, "quantization": quantization, "model": name}
     if place is None:
         return plan_generation(
-            config, memory_bytes=capacity or 0, process_bytes=CUDA_CONTEXT_BYTES, device="cuda", **settings
+            config, engine, memory_bytes=capacity or 0, process_bytes=CUDA_CONTEXT_BYTES, device="cuda", **settings
         )
-    return plan_on_device(config, EngineConfig(memory_bytes=capacity), device=place, **settings)
+    return plan_on_device(config, engine, device=place, **settings)
 
 
 def planned_model(model: str, quantize: str | None, reporter: Any) -> tuple[Any, Any, str]:

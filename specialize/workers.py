@@ -106,10 +106,10 @@ class Worker:
         if not Path(model).exists():
             raise InputError(f"worker on {socket.gethostname()}: {model} is not there; put it on a shared disk")
         torch.set_num_threads(threads)
-        config = None
-        if device == "cpu":
-            fair = int(MEMORY_SHARE * total_memory_bytes("cpu")) // share
-            config = EngineConfig(memory_bytes=min(fair, int(0.9 * available_memory_bytes("cpu"))))
+        cap = memory_bytes and memory_bytes // share
+        if device == "cpu" and cap is None:
+            cap = min(int(MEMORY_SHARE * total_memory_bytes("cpu")) // share, int(0.9 * available_memory_bytes("cpu")))
+        config = EngineConfig(memory_bytes=cap)
         self._generator = Generator.from_pretrained(model, dtype=dtype, device=device, quantize=quantize, config=config)
         threading.Thread(target=self._work, args=(threads,), daemon=True).start()
         return {
@@ -303,9 +303,9 @@ class WorkerPool:
     @cached_property
     def model(self) -> Any:
         """Has the ``config`` of the model that the workers hold."""
-        from .engine.weights import open_checkpoint
+        from .engine.weights import read_config
 
-        return SimpleNamespace(config=open_checkpoint(self._path)[0])
+        return SimpleNamespace(config=read_config(self._path))
 
     def load_adapter(self, path: str | Path, name: str | None = None) -> str:
         """Make an adapter folder known under a name (its path by default); workers get it when they need it."""

@@ -372,7 +372,8 @@ class Trainer:
         rows = fingerprint_examples(self.examples) + fingerprint_examples(self.val_examples)
         sample = self.model.embedding.flatten()[:: max(1, self.model.embedding.numel() // 4096)]
         mark = hashlib.sha256(sample.float().cpu().numpy().tobytes()).hexdigest()  # two bases may have one shape
-        shape = f"{self.model.dtype} {self.model.config} {mark}"
+        quantized = [str(self.model.quantization)] * (self.model.quantization is not None)
+        shape = " ".join((str(self.model.dtype), str(self.model.config), mark, *quantized))
         return hashlib.sha256(f"{json.dumps(settings, sort_keys=True)}|{rows}|{shape}".encode()).hexdigest()[:16]
 
     def _save(self) -> None:

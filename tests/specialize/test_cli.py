@@ -72,8 +72,13 @@ def test_wrong_input_is_one_line_and_exit_code_2(capsys, tmp_path, command, mess
 
 
 def test_wrong_usage_is_exit_code_2(capsys):
-    assert call(capsys, "run", "--nonsense")[0] == 2
-    assert call(capsys, "generate", "--model", "m", "x", "--max-tokens", "0")[0] == 2
+    for arguments, message in (
+        (("run", "--nonsense"), "No such option"),
+        (("generate", "--model", "m", "x", "--max-tokens", "0"), "0 is not in the range x>=1"),
+        (("init",), "Missing argument 'DOMAIN'; see specialize init --help"),
+    ):
+        code, _, err = call(capsys, *arguments)
+        assert code == 2 and message in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -362,7 +367,7 @@ def test_doctor_plans_without_weights_or_device(capsys):
         (("--memory", "24GB"), "--memory needs --model"),
         (("--model", "mpt-9b"), "shapes known by name: smollm2-135m, llama-3.1-8b, mpt-7b, mpt-30b"),
         (("--model", "mpt-7b", "--memory", "lots"), "give a size such as 80GB, or a card: a100-40gb"),
-        (("--model", "mpt-7b", "--kv-dtype", "int3"), "kv-dtype 'int3' is not supported"),
+        (("--model", "mpt-7b", "--kv-dtype", "int3"), "kv_dtype is 'int3'; allowed: auto, fp32"),
     ],
 )
 def test_doctor_refuses_in_one_line(capsys, options, message):

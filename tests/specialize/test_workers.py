@@ -14,7 +14,7 @@ from specialize.ledger import Ledger
 from specialize.pipeline import Run
 from specialize.progress import Reporter
 from specialize.recipe import read_recipe
-from specialize.workers import Spread, WorkerPool, _Work, require_ray
+from specialize.workers import Spread, Worker, WorkerPool, _Work, require_ray
 
 STOPPED_S = 3.0  # after which a stopped worker counts as silent in these tests
 
@@ -32,6 +32,12 @@ def pool(tiny):
     temporary = pool._temporary
     pool.close()
     assert not os.path.exists(temporary)
+
+
+def test_workers_share_the_memory_asked_for(tiny):
+    worker = Worker()
+    worker.start(tiny.inputs["model"], "fp32", None, 3 << 30, "cpu", 1, 2)
+    assert worker._generator.config.memory_bytes == 3 << 29
 
 
 def requests(tokenizer, count, *, max_tokens=24):

@@ -10,6 +10,8 @@ from specialize.train.data import build_micro_batches
 from specialize.train.loop import tune
 from specialize.train.lora import TrainableLora
 
+from specialize.errors import InputError
+
 LLAMA = {
     "model_type": "llama", "vocab_size": 97, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
@@ -49,6 +51,21 @@ def test_gradients_equal_those_over_the_dequantised_base(raw, form, targets, che
         for mine, expected in zip(quantized[path], pair, strict=True):
             assert expected.norm() > 0
             assert (mine - expected).norm() <= 1e-3 * expected.norm(), path
+
+
+def test_a_checkpoint_of_the_dense_base_is_refused(tmp_path):
+    quantized, dense = bases(LLAMA, "int8")
+    config = TrainConfig(rank=2, max_steps=5, batch_size=2, max_batch_tokens=60, checkpoint_interval=1)
+
+    def stop(report):
+        if report.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(dense, rows(6), config, tmp_path, on_step=stop)
+    assert (tmp_path / "checkpoint.safetensors").exists()
+    with pytest.raises(InputError, match="checkpoint"):
+        tune(quantized, rows(6), config, tmp_path)
 
 
 @pytest.mark.parametrize("options", [{"dora": True}, {"init": "pissa"}, {"dora": True, "dropout": 0.3}], ids=str)
