@@ -9,7 +9,7 @@ twice and an interrupted evaluation goes on where it stopped.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -271,7 +271,3 @@ def compare(one: EvalReport, other: EvalReport, shots: int, metric: str = "token
         "largest_mover": mover,
         "mean_without_largest_mover": mean(rest) if rest else None,
     }
-
-
-def system_json(system: System) -> dict[str, Any]:
-    return {k: v for k, v in asdict(system).items() if k != "identity"}

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -155,15 +155,6 @@ def statistics(completions: Sequence[Any], seconds: float, generator: Any) -> di
         "device": str(generator.model.device),
         "engine": generator.stats.as_dict(),
     }
-
-
-def stream_text(generator: Any, prompt: str, params: Any, *, adapter: str | None, chat: bool) -> Iterator[str]:
-    """Pieces of one completion. ``chat`` puts the prompt into the model's chat template."""
-    wanted: Any = prompt
-    if chat:
-        text = generator.tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
-        wanted = generator.tokenizer.encode(text, add_special_tokens=False)
-    yield from generator.stream(wanted, params, adapter=adapter)
 
 
 def chat_prompt(generator: Any, messages: Sequence[Mapping[str, str]], *, instruct: bool) -> list[int]:
