@@ -105,7 +105,7 @@ def save_part_matrices(
         "inference_mode": True,
         "modules_to_save": None,
     }
-    with tempfile.TemporaryDirectory(dir=folder) as staging:
+    with tempfile.TemporaryDirectory(dir=folder, suffix=".tmp") as staging:
         weights = Path(staging) / WEIGHTS_FILE
         save_file(tensors, weights, metadata={"format": "pt"})
         weights.chmod(0o644)  # the package makes files that only their owner reads

@@ -9,8 +9,8 @@ import torch
 
 from specialize.errors import InputError
 
-from .adapter_format import load_modules
-from .config import read_json
+from .adapter_format import SavedAdapter, load_modules
+from .config import ModelConfig, read_json
 from .convert import convert
 from .layout import layer_linears
 from .quantize import quantization_of
@@ -42,18 +42,7 @@ def merge_checkpoint(
     check_mergeable(source)
     saved = load_modules(adapter)
     config, _ = open_checkpoint(source)
-    shapes = {
-        part.path: (fused.in_features, part.stop - part.start)
-        for layer_id in range(config.num_layers)
-        for fused in layer_linears(config, layer_id)
-        for part in fused.parts
-    }
-    for module, (a, b) in saved.parts.items():
-        if (a.shape[1], b.shape[0]) != shapes.get(module):
-            raise InputError(
-                f"{adapter}: adapts {module} with A {tuple(a.shape)} and B {tuple(b.shape)}, which {source} "
-                f"{'has in another shape' if module in shapes else 'lacks'}; it belongs to another base"
-            )
+    require_fit(saved, config, adapter, source)
 
     def update(name: str, tensor: torch.Tensor) -> torch.Tensor:
         module = name.removesuffix(".weight")
@@ -67,3 +56,19 @@ def merge_checkpoint(
         return merged.to(dtype or tensor.dtype)
 
     return convert(source, target, dtype=dtype, update=update, on_tensor=on_tensor)
+
+
+def require_fit(saved: SavedAdapter, config: ModelConfig, adapter: str | Path, source: str | Path) -> None:
+    """Raises InputError unless every module of ``saved`` is one of the base ``source``, in its shape."""
+    shapes = {
+        part.path: (fused.in_features, part.stop - part.start)
+        for layer_id in range(config.num_layers)
+        for fused in layer_linears(config, layer_id)
+        for part in fused.parts
+    }
+    for module, (a, b) in saved.parts.items():
+        if (a.shape[1], b.shape[0]) != shapes.get(module):
+            raise InputError(
+                f"{adapter}: adapts {module} with A {tuple(a.shape)} and B {tuple(b.shape)}, which {source} "
+                f"{'has in another shape' if module in shapes else 'lacks'}; it belongs to another base"
+            )

@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from .errors import InputError
 from .progress import Reporter
 
 DISK_FULL = 28  # errno.ENOSPC
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def cli() -> None:
       specialize chat --model smollm2-135m-instruct --adapter my-run/adapter
 
     A MODEL is a Hugging Face folder, a .gguf file, or a name that `specialize fetch` knows.
-    Exit codes: 0 done, 1 failure, 2 wrong usage or input, 130 interrupted (the same command resumes).
+    Exit codes: 0 done, 1 failure, 2 wrong usage or input, 130 interrupted, 143 terminated (the same command resumes).
     """
 
 
@@ -700,7 +701,7 @@ def evaluate(common: Common, run: Path | None, redo: bool, settings: tuple[str, 
     for name in ("model", "tasks"):
         if not o[name]:
             raise InputError(f"eval: --{name} is missing (or name a RUN folder)")
-    from .pipeline import write_text
+    from .files import write_text
     from .standalone import check_writable, evaluate_model, evaluation_table, existing_model, format_table, parse_shots
 
     if o["out"]:
@@ -739,9 +740,9 @@ def report(common: Common, run: Path) -> None:
     Example:
       specialize report r1
     """
-    from .report import write_report
+    from .pipeline import rewrite_report
 
-    path = write_report(run)
+    path = rewrite_report(run)
     common.show({"report": str(path)}, str(path))
 
 
@@ -762,6 +763,25 @@ def export(common: Common, run: Path, out: Path, formats: str, seeds: bool) -> N
 
     found = work(run, out, tuple(dict.fromkeys(name.strip() for name in formats.split(","))), seeds=seeds)
     common.show(found, f"{found['folder']}: {found['rows']:,} rows; {', '.join(found['files'])}")
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@common
+def verify(common: Common, run: Path) -> None:
+    """Check a RUN's folder whole: the ledger and its rows, the hash of every file, counts, adapters and their base.
+    Exit code 1 where something is wrong, one line for each finding. Changes nothing.
+
+    \b
+    Example:
+      specialize verify r1
+    """
+    from .verify import verify as check
+
+    found = check(run)
+    common.show(found.as_dict(), lambda: "\n".join(found.lines()))
+    if found.wrong:
+        raise SystemExit(1)
 
 
 # generation
@@ -1009,12 +1029,24 @@ def doctor(common: Common, model: str | None, context: int, **o: Any) -> None:
     common.show(plan.as_dict(context), lambda: format_plan(plan, context))
 
 
+class Terminated(BaseException):
+    """SIGTERM, as a container or a batch system sends it: the way out is that of Ctrl-C."""
+
+
+def _terminated(*_: Any) -> None:
+    raise Terminated
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The console script: runs a command and turns what goes wrong into one line and an exit code."""
     given = sys.argv[1:] if arguments is None else arguments
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         cli.main(given, prog_name="specialize", standalone_mode=False)
         code = 0
+    except Terminated:
+        print("terminated; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        code = TERMINATED
     except click.exceptions.Exit as error:
         code = error.exit_code
     except click.exceptions.NoArgsIsHelpError as error:

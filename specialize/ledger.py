@@ -6,6 +6,7 @@ are computed from the recipe, never counted from the table, and are inserted onc
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -14,14 +15,16 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from .errors import InputError
+from .files import Artefact
 from .sqlite_reader import Connection, stored_json
 
 _FORMAT = 1
-_SCHEMA = """
+SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS stages (
   name TEXT PRIMARY KEY, fingerprint TEXT NOT NULL, settings TEXT NOT NULL, done INTEGER NOT NULL DEFAULT 0,
@@ -36,7 +39,13 @@ CREATE TABLE IF NOT EXISTS replies (
   id TEXT PRIMARY KEY, item_id TEXT NOT NULL, purpose TEXT NOT NULL, sample INTEGER NOT NULL, raw TEXT NOT NULL,
   finish_reason TEXT NOT NULL, tokens INTEGER NOT NULL, provenance TEXT NOT NULL, created REAL NOT NULL);
 CREATE INDEX IF NOT EXISTS replies_by_item ON replies (item_id, purpose);
+CREATE TABLE IF NOT EXISTS artefacts (
+  path TEXT PRIMARY KEY, stage TEXT NOT NULL, bytes INTEGER NOT NULL, sha256 TEXT NOT NULL);
 """
+
+
+# What SQLite says when the place, not the file, is at fault.
+_NOT_ITS_FAULT = ("full", "readonly", "disk I/O", "unable to open", "locked")
 
 
 @dataclass(frozen=True)
@@ -91,11 +100,17 @@ class Ledger:
             self._db = sqlite3.connect(self.path, isolation_level=None, timeout=30, factory=Connection)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
-            self._db.executescript(_SCHEMA)
+            self._db.executescript(SCHEMA)
+            damage = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
         except sqlite3.DatabaseError as error:
-            if "full" in str(error):
+            if any(text in str(error) for text in _NOT_ITS_FAULT):
                 raise
             raise InputError(f"{self.path}: not a usable ledger ({error}); choose another --out folder") from None
+        if damage != "ok":
+            raise InputError(
+                f"{self.path}: the ledger is damaged ({' '.join(damage.split())}); bring the folder back from a copy, "
+                "or choose another --out folder"
+            )
         found = self.meta("format")
         if found is None:
             self.set_meta("format", _FORMAT)
@@ -103,6 +118,11 @@ class Ledger:
             raise InputError(
                 f"{self.path}: ledger format {found}, this version reads {_FORMAT}; choose another --out folder"
             )
+
+    def flush(self) -> None:
+        """Bring everything from the write-ahead log into the file. Closing does so as well, but says nothing when it
+        fails, and comes late where an error's traceback still holds a cursor."""
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
 
     def close(self) -> None:
         self._db.close()
@@ -120,7 +140,8 @@ class Ledger:
         try:
             yield
         except BaseException:
-            self._db.execute("ROLLBACK")
+            if self._db.in_transaction:  # SQLite rolls back by itself when the disk is full
+                self._db.execute("ROLLBACK")
             raise
         self._db.execute("COMMIT")
 
@@ -146,11 +167,36 @@ class Ledger:
     def add_seconds(self, name: str, seconds: float) -> None:
         self._db.execute("UPDATE stages SET seconds = seconds + ? WHERE name = ?", (seconds, name))
 
-    def end_stage(self, name: str, info: dict[str, Any]) -> None:
-        self._db.execute("UPDATE stages SET done = 1, info = ? WHERE name = ?", (json.dumps(info), name))
+    def end_stage(self, name: str, info: dict[str, Any], artefacts: Iterable[Artefact] = ()) -> None:
+        """The stage is done and left these files."""
+        with self.transaction():
+            self._db.execute("UPDATE stages SET done = 1, info = ? WHERE name = ?", (json.dumps(info), name))
+            self._record(name, artefacts)
 
     def forget_stages(self, names: Iterable[str]) -> None:
-        self._db.executemany("DELETE FROM stages WHERE name = ?", [(name,) for name in names])
+        with self.transaction():
+            for name in names:
+                self._db.execute("DELETE FROM stages WHERE name = ?", (name,))
+                self._db.execute("DELETE FROM artefacts WHERE stage = ?", (name,))
+
+    def record(self, owner: str, artefacts: Iterable[Artefact]) -> None:
+        """The files of ``owner`` (a stage, or what is published beside the stages) are these and no others."""
+        with self.transaction():
+            self._record(owner, artefacts)
+
+    def _record(self, owner: str, artefacts: Iterable[Artefact]) -> None:
+        self._db.execute("DELETE FROM artefacts WHERE stage = ?", (owner,))
+        self._db.executemany(
+            "INSERT OR REPLACE INTO artefacts VALUES (?, ?, ?, ?)",
+            [(a.path, owner, a.num_bytes, a.sha256) for a in artefacts],
+        )
+
+    def artefacts(self) -> dict[str, list[Artefact]]:
+        """The files recorded, by stage or other owner."""
+        found: dict[str, list[Artefact]] = {}
+        for stage, *row in self._db.execute("SELECT stage, path, bytes, sha256 FROM artefacts ORDER BY path"):
+            found.setdefault(stage, []).append(Artefact(*row))
+        return found
 
     # items
 
@@ -292,17 +338,50 @@ class Ledger:
 def run_lock(folder: Path) -> Iterator[None]:
     """Hold the run folder for this process; a second run on it is refused. The lock dies with the process."""
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise InputError(f"{folder}: cannot be written to ({error.strerror}); choose another --out") from None
+        raise
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
             raise InputError(
-                f"{folder}: another run (process {holder}) is at work here; wait for it or choose another --out"
+                f"{folder}: another run ({_holder(descriptor)}) is at work here; wait for it or choose another --out"
             ) from None
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        started = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+        os.pwrite(descriptor, f"{os.getpid()}\n{started}\n".encode(), 0)
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def reading_lock(folder: Path) -> Iterator[None]:
+    """Keep runs off the folder while it is looked at; InputError while one is at work. Writes nothing."""
+    try:
+        descriptor = os.open(folder / "lock", os.O_RDONLY)
+    except FileNotFoundError:  # a copy without the lock file: nobody can hold it
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{folder}: a run ({_holder(descriptor)}) is at work here; wait until it is done"
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _holder(descriptor: int) -> str:
+    """Who wrote the lock file, as far as it can be read: a process may have the lock and not have written yet."""
+    number, _, started = os.pread(descriptor, 128, 0).decode(errors="replace").strip().partition("\n")
+    if not number.isdigit():
+        return "process unknown"
+    return f"process {number}, started {started}" if started else f"process {number}"

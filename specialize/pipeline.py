@@ -10,7 +10,6 @@ and the fingerprints of what it builds on.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,12 +23,14 @@ from . import filter as rules
 from .errors import InputError
 from .evaluate import EvalReport, System, compare, evaluate
 from .export import model_card
+from .files import survey, sweep, write_text
 from .kinds import kinds_of
 from .ledger import Item, Ledger, run_lock
 from .metrics import rouge_words
 from .progress import Reporter
 from .recipe import INPUTS, YOUNGER, Recipe, Tune, write_recipe
 from .records import Example, file_fingerprint, fingerprint, read_seeds, read_tasks
+from .seal import sealed_ledger
 from .synthesize import Synthesizer, number_of, run_jobs
 from .tune import encode, encode_rows, epoch_tokens, seed_examples, train, train_config
 from .workers import Spread, WorkerPool
@@ -164,6 +165,7 @@ class Run:
             elif stage == "tune":
                 shutil.rmtree(self._round_folder(round), ignore_errors=True)
                 shutil.rmtree(self.folder / "adapter", ignore_errors=True)
+                ledger.record("adapter", ())
             elif stage == "filter":
                 ledger.reopen(round)
             elif stage == "responses":
@@ -180,7 +182,8 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"--out {self.folder}: {error.strerror}") from None
-        with run_lock(self.folder), Ledger(self.folder / "ledger.sqlite") as ledger:
+        with run_lock(self.folder), sealed_ledger(self.folder / "ledger.sqlite") as ledger:
+            sweep(self.folder)
             stale, changes = self.invalidated(ledger)
             if stale and not redo:
                 what = f" ({'; '.join(changes)})" if changes else ""
@@ -194,6 +197,7 @@ class Run:
                 )
                 self._forget(ledger, stale)
             write_recipe(self.recipe, self.inputs, self.folder / "recipe.yaml")
+            ledger.record("recipe", survey(self.folder, ["recipe.yaml"]))
             yield ledger
 
     def execute(self, *, until: str = "report", redo: bool = False) -> dict[str, Any]:
@@ -224,6 +228,7 @@ class Run:
                     self._do_report()
                 if (self.folder / "adapter").is_dir() and last >= STAGES.index("tune"):
                     write_text(self.folder / "adapter" / "README.md", model_card(self.folder, result))
+                    self.ledger.record("adapter", survey(self.folder, ["adapter"]))
                 return result
             finally:
                 self._free_generator()
@@ -241,7 +246,20 @@ class Run:
             info = work(round)
         finally:
             self.ledger.add_seconds(name, time.monotonic() - started)
-        self.ledger.end_stage(name, info)
+        self.ledger.end_stage(name, info, survey(self.folder, [self._stage_folder(name)]))
+
+    def _stage_folder(self, name: str) -> str:
+        """Where a stage that makes files puts them, within the run folder."""
+        stage, round = _split(name)
+        return str(self._round_folder(round).relative_to(self.folder)) if stage == "tune" else stage
+
+    def _require_unchanged(self, name: str) -> None:
+        """Called when an input has been read: what was read must be what this run says it is made of."""
+        if file_fingerprint(self.inputs[name]) != self.prints[name]:
+            raise InputError(
+                f"{name}: {self.inputs[name]} was changed while the run was at work; put the old one back and run the "
+                "same command again, or add --redo to go on with the new one"
+            )
 
     # shared parts
 
@@ -267,6 +285,7 @@ class Run:
                 config=EngineConfig(memory_bytes=self.memory_bytes),
                 quantize=self.recipe.quantize,
             )
+            self._require_unchanged("model")
         return self._generator
 
     def _free_generator(self) -> None:
@@ -303,6 +322,7 @@ class Run:
 
         overlap = rules.EvaluationOverlap(self.tasks, self.recipe.filter.overlap_words)
         documents = list(read_corpus(self.inputs["corpus"]))
+        self._require_unchanged("corpus")
         if not documents:
             raise InputError(f"corpus: {self.inputs['corpus']} holds no documents")
         index = self.index
@@ -349,6 +369,11 @@ class Run:
                 overlap_words=settings.overlap_words,
                 progress=show,
             )
+        try:
+            self._require_unchanged("corpus")
+        except InputError:
+            shutil.rmtree(self.folder / "index", ignore_errors=True)  # it would be taken for one of the old corpus
+            raise
         self._index = index
         info: dict[str, Any] = {"passages": len(index)}
         if settings.mode != "bm25":
@@ -364,6 +389,7 @@ class Run:
         self._free_generator()  # one copy of the weights at a time
         tokenizer = Tokenizer.from_pretrained(self.model_path)
         model = load_model(Model, self.model_path, self.recipe.dtype, self.device, self.recipe.quantize)
+        self._require_unchanged("model")
         rows = encode(tokenizer, examples)
         if more:
             rows += encode_rows(tokenizer, more)
@@ -453,9 +479,11 @@ class Run:
                 f"round {round}: kept {counts['kept']} of the {self.recipe.examples} wanted; candidates ran out"
             )
         for name in names:
-            ledger.end_stage(
-                name, {"counts": counts, "reasons": ledger.reasons(round)} if name.startswith("filter") else {}
-            )
+            if name.startswith("filter"):
+                info = {"counts": counts, "reasons": ledger.reasons(round)}
+                ledger.end_stage(name, info, survey(self.folder, ["dataset.jsonl"]))
+            else:
+                ledger.end_stage(name, {})
         self.reporter.say(
             f"round {round}: {sum(counts.values())} candidates, {counts['kept']} kept; rejected: "
             + (", ".join(f"{n} {reason}" for reason, n in ledger.reasons(round).items()) or "none")
@@ -637,6 +665,8 @@ class Run:
         if stage is None or not stage.done:
             return
         if target.is_dir() and _adapter_identity(str(target)) == _adapter_identity(str(self._round_folder(round))):
+            if "adapter" not in self.ledger.artefacts():  # killed between the two, or made by an older version
+                self.ledger.record("adapter", survey(self.folder, ["adapter"]))
             return
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
@@ -644,6 +674,7 @@ class Run:
             shutil.copy2(self._round_folder(round) / name, temporary / name)
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
+        self.ledger.record("adapter", survey(self.folder, ["adapter"]))
 
     def _control(self) -> None:
         """Make the control unless there is one of the right number of tokens (another round may have changed it)."""
@@ -714,6 +745,7 @@ class Run:
                 )
         found = self._summarise(reports)
         write_text(self.folder / "eval.json", json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False))
+        self.ledger.record("evaluate", survey(self.folder, ["eval.json"]))
         self.ledger.add_seconds("evaluate", time.monotonic() - started)
         return found
 
@@ -751,6 +783,7 @@ class Run:
         from .report import write_report
 
         write_report(self.folder)
+        self.ledger.record("report", survey(self.folder, ["report.html"]))
 
     def summary(self) -> dict[str, Any]:
         """Where the run stands: stages and counts."""
@@ -761,6 +794,19 @@ class Run:
             "items": self.ledger.counts(),
             "rejected": self.ledger.reasons(),
         }
+
+
+def rewrite_report(folder: Path) -> Path:
+    """Write a run's report anew and record it. Raises InputError when there is nothing to report, or a run is at work
+    in the folder: that writes its own."""
+    from .report import write_report
+
+    if not (folder / "ledger.sqlite").is_file():
+        raise InputError(f"{folder} is no run folder (no ledger.sqlite)")
+    with run_lock(folder), sealed_ledger(folder / "ledger.sqlite") as ledger:
+        path = write_report(folder)
+        ledger.record("report", survey(folder, ["report.html"]))
+    return path
 
 
 class _Counter:
@@ -827,16 +873,6 @@ def _short(value: Any) -> str:
 
 def _adapter_identity(folder: str) -> str:
     return file_fingerprint(Path(folder) / "adapter_model.safetensors")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file whole: a killed write leaves the old one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
 
 
 def load_embedder(name: str) -> Any:

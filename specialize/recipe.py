@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from .errors import InputError
+from .files import write_text
 
 INPUTS = ("model", "seeds", "corpus", "tasks")
 
@@ -441,6 +442,4 @@ def write_recipe(recipe: Recipe, inputs: Mapping[str, str], path: Path) -> None:
     import yaml
 
     text = yaml.safe_dump(recipe.to_dict() | {"inputs": dict(inputs)}, sort_keys=False, allow_unicode=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("# Written by specialize: the settings this run was made with.\n" + text, encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "# Written by specialize: the settings this run was made with.\n" + text)

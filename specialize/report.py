@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
+from .files import write_text
 from .ledger import Item, Ledger
 from .standalone import systems_table
 
@@ -21,8 +22,6 @@ def write_report(folder: Path) -> Path:
     """Write the run's report and return its path. Raises InputError when there is nothing to report yet."""
     if not (folder / "ledger.sqlite").is_file():
         raise InputError(f"{folder} is no run folder (no ledger.sqlite)")
-    from .pipeline import write_text
-
     with Ledger(folder / "ledger.sqlite") as ledger:
         values = _gather(folder, ledger)
     import jinja2

@@ -102,7 +102,7 @@ def generate_file(
     When interrupted, what is finished goes to ``out`` with ".partial" behind its name, each line with the number of its
     "prompt" and "sample".
     """
-    from .pipeline import write_text
+    from .files import write_text
 
     prompts = read_prompts(prompts_file)
     check_writable(out)

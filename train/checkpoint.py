@@ -6,6 +6,7 @@ one and never a part of one.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from safetensors.torch import save
 
 from specialize.errors import InputError
 
-FORMAT = "specialize-train-1"
+FORMAT = "specialize-train-2"
 
 
 def write_atomic(path: str | Path, content: bytes) -> None:
@@ -44,18 +45,34 @@ def write_atomic(path: str | Path, content: bytes) -> None:
 def save_checkpoint(path: str | Path, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
     """Writes ``tensors`` and the JSON-able ``state``; floats survive bit for bit."""
     on_host = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    write_atomic(path, save(on_host, metadata={"format": FORMAT, "state": json.dumps(state)}))
+    text = json.dumps(state)
+    metadata = {"format": FORMAT, "state": text, "sha256": _digest(on_host, text)}
+    write_atomic(path, save(on_host, metadata=metadata))
 
 
 def load_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """(tensors, state) as saved. Raises InputError where the file is no checkpoint of ours or is damaged."""
+    """(tensors, state) as saved. Raises InputError where the file is no checkpoint of ours or is damaged: safetensors
+    itself would take a flipped bit of a weight for the weight."""
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise InputError(f"{path}: not a training checkpoint; delete it or pass another output folder")
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["state"])  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if metadata.get("sha256") != _digest(tensors, metadata.get("state", "")):
+                raise InputError(f"{path}: damaged checkpoint (its hash differs); delete it to train from the start")
+            return tensors, json.loads(metadata["state"])
     except (SafetensorError, KeyError, ValueError, RecursionError, OSError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: damaged checkpoint ({error}); delete it to train from the start") from error
+
+
+def _digest(tensors: Mapping[str, torch.Tensor], state: str) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of the tensors, in the order of their names, and the state."""
+    digest = hashlib.sha256(state.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -105,6 +105,6 @@ def test_second_process_is_refused(tmp_path):
     with run_lock(tmp_path):
         found = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert found.returncode == 1
-    assert f"another run (process {os.getpid()}) is at work" in found.stderr
+    assert f"another run (process {os.getpid()}, started 20" in found.stderr
     with run_lock(tmp_path):
         pass
