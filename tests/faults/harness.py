@@ -13,6 +13,7 @@ import shutil
 import signal
 import sqlite3
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -71,12 +72,11 @@ def job(domain: SimpleNamespace, folder: Path) -> Job:
 
 def child(work: Job, prepare: Callable[[], None] = lambda: None, *, kill_after_s: float | None = None) -> Ended:
     """Run the command in a fork. ``prepare`` is called in it first; ``kill_after_s`` is when it gets SIGKILL."""
-    output = work.folder.parent / f"{work.folder.name}.output"
+    descriptor, output = tempfile.mkstemp(suffix=".output")  # not on the disk that a fault may fill
     number = os.fork()
     if number == 0:
         code = 99
         try:
-            descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
             # pytest's own streams write elsewhere, and its handler would turn a signal into a failed test.
@@ -95,7 +95,11 @@ def child(work: Job, prepare: Callable[[], None] = lambda: None, *, kill_after_s
     if kill_after_s is not None:
         _kill_later(number, kill_after_s)
     code = os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
-    return Ended(code, output.read_text(errors="replace"))
+    with os.fdopen(descriptor, errors="replace") as stream:  # shared with the child, which left it at its end
+        stream.seek(0)
+        text = stream.read()
+    os.unlink(output)
+    return Ended(code, text)
 
 
 def _kill_later(number: int, seconds: float) -> None:
@@ -298,7 +302,7 @@ FAULTS = {
     "failing write": Fault(fail_writes, (1,), "nput/output error|disk I/O error"),
     "short write": Fault(shorten_writes, (1,), "too large|disk is full|disk I/O error"),
     "read-only folder": Fault(make_read_only, (1, 2), "denied|readonly|cannot be written|unable to open"),
-    "vanished input": Fault(remove_inputs, (0, 1, 2), "o such file", bring_back_inputs),
+    "vanished input": Fault(remove_inputs, (0, 1, 2), "o such (file|model folder)", bring_back_inputs),
     "changed input": Fault(change_input, (0, 2), "changed while the run was at work", change_input_back),
     "jumping clock": Fault(jump_clock, (0,)),
     "out of memory": Fault(run_out_of_memory, (1,), "out of memory|MemoryError"),
