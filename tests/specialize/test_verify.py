@@ -55,10 +55,11 @@ def test_every_file_is_in_the_ledger(run):
     assert recorded == {str(p.relative_to(run)) for p in referenced(run)} - {"ledger.sqlite", "ledger.seal"}
 
 
-def test_every_flipped_byte_is_found(run):
-    """500 single bytes, each file often: one bit or several of a byte anywhere in what the run consists of."""
-    chance, files = random.Random(5), referenced(run)
-    for number in range(500):
+@pytest.mark.parametrize("flips", [100, pytest.param(500, marks=pytest.mark.slow)])
+def test_every_flipped_byte_is_found(run, flips):
+    """Single bytes, each file often: one bit or several of a byte anywhere in what the run consists of."""
+    chance, files = random.Random(flips), referenced(run)
+    for number in range(flips):
         path = files[number % len(files)]
         content = path.read_bytes()
         place = chance.randrange(len(content))
@@ -70,11 +71,11 @@ def test_every_flipped_byte_is_found(run):
     assert verify(run).wrong == []
 
 
-def test_a_file_cut_off_at_any_length_is_found(run):
+def test_a_file_cut_off_at_some_lengths_is_found(run):
     chance = random.Random(6)
     for path in referenced(run):
         content = path.read_bytes()
-        for length in {0, 1, len(content) - 1, *(chance.randrange(len(content)) for _ in range(4))}:
+        for length in {0, 1, len(content) - 1, chance.randrange(len(content))}:
             path.write_bytes(content[:length])
             findings = verify(run).wrong
             assert any(path.name in text for text in findings), (path, length, findings)
