@@ -274,6 +274,10 @@ def _show_run(common: Common, folder: Path, result: dict[str, Any]) -> None:
                     f"expert against {against}, {row['shots']}-shot: {m['value']:+.1f} points "
                     f"[{m['low']:+.1f}, {m['high']:+.1f}]"
                 )
+        if "general" in result:
+            from .general import changes_lines
+
+            lines += changes_lines(result["general"])
         if (folder / "report.html").is_file():
             lines += ["", f"report: {(folder / 'report.html').resolve()}"]
         return "\n".join(lines)
@@ -679,6 +683,7 @@ def merge(common: Common, model: str, adapter: Path, out: Path) -> None:
 @click.option("--limit", type=click.IntRange(0), default=0, show_default=True, help="Examples of each task; 0: all.")
 @click.option("--max-tokens", type=click.IntRange(1), default=96, show_default=True, help="Longest reply.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the bootstrap.")
+@click.option("--general", is_flag=True, help="Perplexity on general text and general tasks, too, beside the base's.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write eval.json here.")
 @click.option("--redo", is_flag=True, help="Of a RUN: redo the stages that changed settings invalidate.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Of a RUN: change a recipe setting.")
@@ -692,6 +697,8 @@ def evaluate(common: Common, run: Path | None, redo: bool, settings: tuple[str, 
       specialize eval r1
       specialize eval --model smollm2-135m-instruct --adapter r1/adapter --tasks tasks/ --shots 0,1,5 --out eval.json
     """
+    if o["general"] and (run is not None or o["workers"] or o["ray"]):
+        raise InputError("eval: --general goes with --model without --workers; of a RUN: --set evaluate.general=true")
     if o["kv_dtype"] != "auto" and (run is not None or o["workers"] or o["ray"]):
         raise InputError(f"eval: --kv-dtype {o['kv_dtype']} belongs to --model without --workers and --ray")
     if run is not None:
@@ -702,7 +709,15 @@ def evaluate(common: Common, run: Path | None, redo: bool, settings: tuple[str, 
         if not o[name]:
             raise InputError(f"eval: --{name} is missing (or name a RUN folder)")
     from .files import write_text
-    from .standalone import check_writable, evaluate_model, evaluation_table, existing_model, format_table, parse_shots
+    from .standalone import (
+        check_writable,
+        evaluate_model,
+        evaluation_table,
+        existing_model,
+        format_table,
+        general_lines,
+        parse_shots,
+    )
 
     if o["out"]:
         check_writable(o["out"])
@@ -724,10 +739,11 @@ def evaluate(common: Common, run: Path | None, redo: bool, settings: tuple[str, 
         reporter=common.prepare().reporter,
         kv_dtype=o["kv_dtype"],
         spread=spread,
+        general=o["general"],
     )
     if o["out"]:
         write_text(o["out"], json.dumps(found, indent=1, ensure_ascii=False))
-    common.show(found, lambda: format_table(evaluation_table(found)))
+    common.show(found, lambda: format_table(evaluation_table(found)) + general_lines(found))
 
 
 @cli.command()

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from . import filter as rules
+from . import general
 from .errors import InputError
 from .evaluate import EvalReport, System, compare, evaluate
 from .export import model_card
@@ -271,22 +272,23 @@ class Run:
     def generator(self) -> Any:
         """The generator with the base's weights, loaded when first needed, or the workers in its place."""
         if self._generator is None:
-            from .engine.generator import Generator
-            from .engine.scheduler import EngineConfig
-
-            if self._pool is not None:
-                self._generator = self._pool
-                return self._pool
-            self.reporter.say(f"loading {self.model_path.name}")
-            self._generator = Generator.from_pretrained(
-                self.model_path,
-                dtype=self.recipe.dtype,
-                device=self.device,
-                config=EngineConfig(memory_bytes=self.memory_bytes),
-                quantize=self.recipe.quantize,
-            )
-            self._require_unchanged("model")
+            self._generator = self._pool if self._pool is not None else self._load_generator()
         return self._generator
+
+    def _load_generator(self) -> Any:
+        from .engine.generator import Generator
+        from .engine.scheduler import EngineConfig
+
+        self.reporter.say(f"loading {self.model_path.name}")
+        generator = Generator.from_pretrained(
+            self.model_path,
+            dtype=self.recipe.dtype,
+            device=self.device,
+            config=EngineConfig(memory_bytes=self.memory_bytes),
+            quantize=self.recipe.quantize,
+        )
+        self._require_unchanged("model")
+        return generator
 
     def _free_generator(self) -> None:
         if self._pool is not None:
@@ -726,6 +728,7 @@ class Run:
         systems = self.systems()
         counts = [len(t.examples[: settings.limit or None]) for t in self.tasks]
         quantized = [self.recipe.quantize] * (self.recipe.quantize != "none")
+        identity = " ".join((self.prints["model"], self.recipe.dtype, *quantized))
         for system in systems:
             shots = tuple(dict.fromkeys((*settings.shots, *(settings.base_shots if system.name == "base" else ()))))
             with self.reporter.bar(f"evaluate {system.label}", sum(counts) * len(shots), "replies") as bar:
@@ -733,7 +736,7 @@ class Run:
                     self.generator,
                     self.tasks,
                     model=str(self.inputs["model"]),
-                    model_identity=" ".join((self.prints["model"], self.recipe.dtype, *quantized)),
+                    model_identity=identity,
                     system=system,
                     shots=shots,
                     limit=settings.limit,
@@ -744,10 +747,37 @@ class Run:
                     adapter_name=lambda system=system: self._adapter_name(system.adapter),
                 )
         found = self._summarise(reports)
+        if settings.general:
+            found["general"] = self._off_domain(systems, identity)
         write_text(self.folder / "eval.json", json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False))
         self.ledger.record("evaluate", survey(self.folder, ["eval.json"]))
         self.ledger.add_seconds("evaluate", time.monotonic() - started)
         return found
+
+    def _off_domain(self, systems: list[System], identity: str) -> dict[str, Any]:
+        """Perplexity on general text and scores on general tasks, so that forgetting is seen."""
+        with self.reporter.bar("evaluate off the domain", general.num_replies(len(systems)), "replies") as bar:
+
+            def losses(system: System, texts: Sequence[str]) -> Any:
+                def make() -> Any:
+                    if self._pool is not None and self._generator is self._pool:  # workers answer, they do not score
+                        self._free_generator()
+                        self._generator = self._load_generator()
+                    return general.text_losses(self.generator, texts, adapter=self._adapter_name(system.adapter))
+
+                return general.remembered_losses(self.ledger, (identity, system.identity), texts, make)
+
+            return general.off_domain(
+                self.generator,
+                systems,
+                losses,
+                model=str(self.inputs["model"]),
+                model_identity=identity,
+                ledger=self.ledger,
+                seed=self.recipe.seed,
+                on_reply=lambda _: bar.advance(),
+                adapter_name=lambda system: self._adapter_name(system.adapter),
+            )
 
     def _summarise(self, reports: dict[str, EvalReport]) -> dict[str, Any]:
         """``eval.json``: the expert's scores on top as in a plain evaluation, then every system and the comparisons."""

@@ -128,6 +128,7 @@ class Evaluate:
     """``systems`` are scored with each of ``shots`` on ``limit`` examples a task (0: all).
 
     ``base_shots`` are further shots for the base alone, a control for what examples in the prompt already give.
+    ``general``: perplexity on general text and scores on general tasks, too, so that forgetting is seen.
     """
 
     shots: tuple[int, ...] = (0,)
@@ -135,6 +136,7 @@ class Evaluate:
     limit: int = 60
     max_tokens: int = 96
     seeds_only: bool = True
+    general: bool = True
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,7 @@ def _gather(folder: Path, ledger: Ledger) -> dict[str, Any]:
             c for c in found.get("comparisons", []) if c.get("mean") and c["metric"] in ("token_f1", "entity_f1")
         ],
         "contamination": found.get("contamination"),
+        "general": _general(found),
         "notes": _notes(found),
         "plots": plots,
         "counts": ledger.counts(rounds),
@@ -110,6 +111,26 @@ def _rounds_table(found: dict[str, Any]) -> list[tuple[str, ...]]:
                 (name if name != "expert" else "last round", cells["token_f1"], cells["entity_f1"], cells["rouge_l"])
             )
     return rows
+
+
+def _general(found: dict[str, Any]) -> dict[str, Any] | None:
+    """What was measured off the domain, with a row of cells for each system."""
+    general = found.get("general")
+    if not general:
+        return None
+    changes = {change["system"]: change for change in general["changes"]}
+    names = {"seeds": "seeds alone"}
+    rows = []
+    for name, system in general["systems"].items():
+        p, f1 = system["perplexity"], system["token_f1"]
+        cells = [names.get(name, name), f"{p['value']:.2f} [{p['low']:.2f}, {p['high']:.2f}]", "–"]
+        cells += [f"{f1['value']:.1f} [{f1['low']:.1f}, {f1['high']:.1f}]", "–"]
+        if name in changes:
+            c, d = changes[name]["perplexity_percent"], changes[name]["token_f1"]
+            cells[2] = f"{c['value']:+.2f} % [{c['low']:+.2f}, {c['high']:+.2f}]"
+            cells[4] = f"{d['value']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]"
+        rows.append(cells)
+    return general | {"rows": rows}
 
 
 def _notes(found: dict[str, Any]) -> list[str]:

@@ -278,9 +278,12 @@ def evaluate_model(
     memory_bytes: int | None = None,
     kv_dtype: str = "auto",
     spread: Spread | None = None,
+    general: bool = False,
 ) -> dict[str, Any]:
-    """The content of ``eval.json`` for one model, with or without an adapter; replies by workers with ``spread``."""
+    """The content of ``eval.json`` for one model, with or without an adapter; replies by workers with ``spread``.
+    ``general`` adds what it and the base are off the domain (not with workers)."""
     from .evaluate import System, evaluate
+    from .general import off_domain, text_losses
     from .ledger import Ledger
 
     tasks = read_tasks(tasks_path)
@@ -316,7 +319,22 @@ def evaluate_model(
             on_reply=lambda _: bar.advance(),
             adapter_name=lambda: name,
         )
-    return report.to_json()
+        found = report.to_json()
+        if general:
+            systems = [System("base", None, "base")]
+            if adapter is not None:
+                systems.append(System("model", adapter, adapter))
+            found["general"] = off_domain(
+                generator,
+                systems,
+                lambda system, texts: text_losses(generator, texts, adapter=name if system.adapter else None),
+                model=model_name,
+                model_identity="",
+                ledger=ledger,
+                seed=seed,
+                adapter_name=lambda system: name if system.adapter else None,
+            )
+    return found
 
 
 def merged_dtype(model_path: Path, computed: Any) -> Any:
@@ -376,6 +394,17 @@ def evaluation_table(found: dict[str, Any]) -> list[tuple[str, ...]]:
             )
         )
     return rows
+
+
+def general_lines(found: dict[str, Any]) -> str:
+    """Lines on what was measured off the domain, for under the table; "" where it was not."""
+    if "general" not in found:
+        return ""
+    from .general import changes_lines
+
+    value = found["general"]["systems"]["base"]["perplexity"]["value"]
+    lines = changes_lines(found["general"]) or [f"off-domain, base: perplexity {value:.2f}"]
+    return "\n\n" + "\n".join(lines)
 
 
 def systems_table(found: dict[str, Any], metric: str = "token_f1") -> list[tuple[str, ...]]:

@@ -21,7 +21,7 @@ instructions: {candidates: 1.5, max_waves: 2, group: 4, max_tokens: 8, novel: 0.
 responses: {samples: 2, max_tokens: 4, passages: 1}
 filter: {min_agreement: 0.0, max_words: 200, min_words: 1}
 tune: {rank: 8, alpha: 16, learning_rate: 2e-2, epochs: 1, teacher_epochs: 6, batch: 4, schedule: constant}
-evaluate: {limit: 4, max_tokens: 4}
+evaluate: {limit: 4, max_tokens: 4, general: false}
 """
 
 
