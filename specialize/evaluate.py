@@ -238,13 +238,12 @@ def evaluate(
 
 
 def compare(one: EvalReport, other: EvalReport, shots: int, metric: str = "token_f1") -> dict[str, Any]:
-    """``one`` minus ``other`` in points: per task and mean with paired bootstrap intervals, and the mean without the
-    task that moved most."""
+    """``one`` minus ``other`` in points: per task and mean with paired bootstrap intervals and the p-value of a paired
+    randomization test, and the mean without the task that moved most."""
     theirs = {s.task: s for s in other.of(shots)}
     pairs = [(s, theirs[s.task]) for s in one.of(shots) if s.task in theirs and s.n == theirs[s.task].n]
     if not pairs:
         return {}
-    tasks = []
     statistic = _statistic(metric)
     draws = []
     for mine, his in pairs:
@@ -253,14 +252,18 @@ def compare(one: EvalReport, other: EvalReport, shots: int, metric: str = "token
             his.rows[metric], statistic, seed=seed, resamples=RESAMPLES
         )
         point = statistic(mine.rows[metric][None])[0] - statistic(his.rows[metric][None])[0]
-        low, high = np.percentile(drawn, [2.5, 97.5])
-        draws.append((mine.task, point, drawn))
-        tasks.append({"task": mine.task, "value": _percent(point), "low": _percent(low), "high": _percent(high)})
+        swapped = metrics.permuted(
+            mine.rows[metric], his.rows[metric], statistic, seed=number_of(seed, "swap", bits=31), resamples=RESAMPLES
+        )
+        draws.append((mine.task, point, drawn, swapped))
 
-    def mean(rows: list[tuple[str, Any, np.ndarray]]) -> dict[str, float]:
+    def mean(rows: list[tuple[str, Any, np.ndarray, np.ndarray]]) -> dict[str, float]:
+        value = np.mean([r[1] for r in rows])
         low, high = np.percentile(np.mean([r[2] for r in rows], axis=0), [2.5, 97.5])
-        return {"value": _percent(np.mean([r[1] for r in rows])), "low": _percent(low), "high": _percent(high)}
+        p = metrics.p_value(value, np.mean([r[3] for r in rows], axis=0))
+        return {"value": _percent(value), "low": _percent(low), "high": _percent(high), "p": round(p, 4)}
 
+    tasks = [{"task": row[0]} | mean([row]) for row in draws]
     mover = max(draws, key=lambda row: abs(row[1]))[0]
     rest = [row for row in draws if row[0] != mover]
     return {

@@ -33,6 +33,9 @@ OVERLAP = "overlaps the evaluation data"
 LOW_AGREEMENT = "samples disagree"
 SURPLUS = "more than wanted of its kind"
 
+# An evaluation input whose ROUGE-L F1 with a training row's exceeds this counts as a near-duplicate of it.
+NEAR_EVALUATION = 0.7
+
 _PLACEHOLDERS = (
     "[insert",
     "<insert",
@@ -240,6 +243,7 @@ class EvaluationOverlap:
 
     def __init__(self, tasks: Sequence[Task], n: int = 13):
         self.n = n
+        self._tasks = tasks
         self._grams: dict[tuple[str, ...], set[tuple[str, int]]] = {}
         self._num_examples = {task.name: len(task.examples) for task in tasks}
         for task in tasks:
@@ -261,7 +265,9 @@ class EvaluationOverlap:
         return found
 
     def report(self, examples: Iterable[Example]) -> dict:
-        """How many training rows and how many evaluation examples share an n-gram, by task."""
+        """How many training rows and how many evaluation examples share an n-gram, by task; and how many evaluation
+        inputs have a near-duplicate among the rows' inputs, with the nearest pairs."""
+        examples = list(examples)
         touched: set[tuple[str, int]] = set()
         rows = []
         for example in examples:
@@ -273,4 +279,20 @@ class EvaluationOverlap:
             name: {"examples": count, "overlapping": sum(t == name for t, _ in touched)}
             for name, count in self._num_examples.items()
         }
-        return {"n": self.n, "training_rows": len(rows), "rows": rows[:50], "tasks": by_task}
+        by_input = {example.input: example.id for example in reversed(examples) if rouge_words(example.input)}
+        near = NearDuplicates(NEAR_EVALUATION, by_input)
+        pairs = []
+        for task in self._tasks:
+            found = [(i, near.find(e.input)) for i, e in enumerate(task.examples) if rouge_words(e.input)]
+            hits = [(i, *hit) for i, hit in found if hit is not None]
+            by_task[task.name]["near_duplicates"] = len(hits)
+            pairs += [
+                {"task": task.name, "example": i, "rouge_l": round(score, 3), "row": by_input[text]}
+                | {"evaluation_input": task.examples[i].input[:300], "training_input": text[:300]}
+                for i, text, score in hits
+            ]
+        pairs.sort(key=lambda pair: (-pair["rouge_l"], pair["task"], pair["example"]))
+        return {
+            "n": self.n, "training_rows": len(rows), "rows": rows[:50], "tasks": by_task,
+            "rouge_l": NEAR_EVALUATION, "near_duplicates": len(pairs), "nearest": pairs[:10],
+        }  # fmt: skip

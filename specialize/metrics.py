@@ -130,6 +130,22 @@ def resample(rows: np.ndarray, statistic: Statistic, *, seed: int, resamples: in
     return statistic(rows[picks])
 
 
+def permuted(
+    one: np.ndarray, other: np.ndarray, statistic: Statistic, *, seed: int, resamples: int = 2000
+) -> np.ndarray:
+    """Differences [resamples] of a statistic of two systems' rows [n, columns] on the same examples, with the two
+    exchanged in a random half of the examples: what the difference would be if it did not matter who answered
+    (approximate randomization, Noreen 1989)."""
+    swapped = np.random.default_rng(seed).random((resamples, len(one), 1)) < 0.5
+    return statistic(np.where(swapped, other, one)) - statistic(np.where(swapped, one, other))
+
+
+def p_value(difference: float, under_null: np.ndarray) -> float:
+    """Two-sided: the share of ``under_null`` at least as far from 0, the difference itself counted among them."""
+    as_far = np.abs(under_null) >= abs(difference) - 1e-12
+    return float((1 + as_far.sum()) / (1 + len(under_null)))
+
+
 def interval(rows: np.ndarray, statistic: Statistic, *, seed: int, resamples: int = 2000) -> Interval:
     """The statistic of all rows with its 95 % percentile bootstrap interval."""
     values = resample(rows, statistic, seed=seed, resamples=resamples)

@@ -1,5 +1,6 @@
 """The near-duplicate filter against brute force, and every reason of rejection."""
 
+import random
 import time
 
 import numpy as np
@@ -10,7 +11,7 @@ from test_metrics import table_lcs
 
 from specialize import filter as rules
 from specialize.kinds import kinds_of
-from specialize.metrics import rouge_words
+from specialize.metrics import rouge_l, rouge_words
 from specialize.records import Example, Seed, Task, TaskExample
 
 VOCABULARY = ["find", "list", "the", "all", "disease", "gene", "in", "text", "name", "every", "write", "a"]
@@ -208,4 +209,29 @@ def test_overlap_with_evaluation_data():
     )
     assert found["training_rows"] == 1
     assert found["rows"] == ["r1"]
-    assert found["tasks"]["t"] == {"examples": 2, "overlapping": 1}
+    assert found["tasks"]["t"] == {"examples": 2, "overlapping": 1, "near_duplicates": 1}
+
+
+def test_near_duplicates_of_evaluation_inputs_are_those_of_brute_force():
+    chooser = random.Random(5)
+    words = ["one", "two", "three", "four", "five", "six"]
+
+    def text():
+        return " ".join(chooser.choices(words, k=chooser.randint(0, 9)))
+
+    tasks = [
+        Task(name, "Do.", "token_f1", (), (), tuple(TaskExample(text(), ("x",)) for _ in range(30))) for name in "ab"
+    ]
+    rows = [Example(f"r{i}", "corpus", "k", "Do.", text(), "y") for i in range(25)]
+    found = rules.EvaluationOverlap(tasks).report(rows)
+    count = 0
+    for task in tasks:
+        near = [max((rouge_l(e.input, [r.input]) for r in rows if r.input), default=0) for e in task.examples]
+        near = [score for e, score in zip(task.examples, near, strict=True) if e.input and score > 0.7]
+        assert found["tasks"][task.name]["near_duplicates"] == len(near) > 0
+        count += len(near)
+    assert found["near_duplicates"] == count and len(found["nearest"]) == min(10, count)
+    inputs = {row.id: row.input for row in rows}
+    for pair in found["nearest"]:
+        assert inputs[pair["row"]] == pair["training_input"]
+        assert pair["rouge_l"] == pytest.approx(rouge_l(pair["evaluation_input"], [pair["training_input"]]), abs=1e-3)

@@ -1,5 +1,6 @@
 """Metrics against independent formulations: brute-force loops and dynamic programming written for the test alone."""
 
+import itertools
 import re
 import string
 
@@ -17,6 +18,8 @@ from specialize.metrics import (
     mean_statistic,
     micro_f1_statistic,
     normalise,
+    p_value,
+    permuted,
     resample,
     rouge_l,
     token_f1,
@@ -113,3 +116,30 @@ def test_resamples_of_two_systems_are_paired():
     rows = np.random.default_rng(0).random((50, 1))
     one, other = (resample(r, mean_statistic, seed=5) for r in (rows, rows + 0.1))
     assert np.allclose(other - one, 0.1)
+
+
+@pytest.mark.parametrize("name", ["mean", "micro"])
+def test_the_randomization_test_approaches_all_exchanges(name):
+    generator = np.random.default_rng(1)
+    if name == "mean":
+        statistic, one, other = mean_statistic, generator.random((9, 1)) + 0.2, generator.random((9, 1))
+    else:
+        statistic = micro_f1_statistic
+        said, wanted = generator.integers(1, 5, (2, 9, 1)), generator.integers(1, 5, (2, 9, 1))
+        correct = generator.integers(0, 2, (2, 9, 1)) + np.array([[[1]], [[0]]])
+        one, other = np.concatenate([np.minimum(correct, np.minimum(said, wanted)), said, wanted], axis=2).astype(float)
+    observed = statistic(one[None])[0] - statistic(other[None])[0]
+    differences = []
+    for exchanged in itertools.product([False, True], repeat=9):
+        pairs = [(b, a) if swap else (a, b) for a, b, swap in zip(one, other, exchanged, strict=True)]
+        mine, his = (np.array(rows)[None] for rows in zip(*pairs, strict=True))
+        differences.append(statistic(mine)[0] - statistic(his)[0])
+    exact = np.mean(np.abs(differences) >= abs(observed) - 1e-12)
+    drawn = permuted(one, other, statistic, seed=2, resamples=20000)
+    assert 0.01 < exact < 0.9
+    assert p_value(observed, drawn) == pytest.approx(exact, abs=0.012)
+
+
+def test_the_same_replies_do_not_differ():
+    rows = np.random.default_rng(0).random((5, 1))
+    assert p_value(0.0, permuted(rows, rows, mean_statistic, seed=0)) == 1.0
