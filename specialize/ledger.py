@@ -19,12 +19,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from . import tally
 from .errors import InputError
 from .files import Artefact
-from .sqlite_reader import Connection, stored_json
+from .sqlite_reader import Connection, stored_json, stored_object
 
-_FORMAT = 1
-SCHEMA = """
+_FORMAT = 2  # 1 had no tallies
+SCHEMA = (
+    """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS stages (
   name TEXT PRIMARY KEY, fingerprint TEXT NOT NULL, settings TEXT NOT NULL, done INTEGER NOT NULL DEFAULT 0,
@@ -42,6 +44,8 @@ CREATE INDEX IF NOT EXISTS replies_by_item ON replies (item_id, purpose);
 CREATE TABLE IF NOT EXISTS artefacts (
   path TEXT PRIMARY KEY, stage TEXT NOT NULL, bytes INTEGER NOT NULL, sha256 TEXT NOT NULL);
 """
+    + tally.SCHEMA
+)
 
 
 # What SQLite says when the place, not the file, is at fault.
@@ -111,13 +115,37 @@ class Ledger:
                 f"{self.path}: the ledger is damaged ({' '.join(damage.split())}); bring the folder back from a copy, "
                 "or choose another --out folder"
             )
+        culprit = tally.wrong_type(self._db)
+        if culprit is not None:
+            raise InputError(f"{self.path}: the ledger is damaged ({culprit}); choose another --out folder")
+        self._begin()
+        tally.keep(self._db)
+
+    def _begin(self) -> None:
+        """Make a new ledger's tallies, or those of one from before there were any."""
         found = self.meta("format")
-        if found is None:
-            self.set_meta("format", _FORMAT)
-        elif found != _FORMAT:
+        tallied = self._db.execute("SELECT COUNT(*) FROM tallies").fetchone()[0]
+        if found == _FORMAT and tallied:
+            return
+        used = any(self._db.execute(f"SELECT 1 FROM {name} LIMIT 1").fetchone() for name in tally.TABLES)
+        if found not in (None, 1, _FORMAT):
             raise InputError(
                 f"{self.path}: ledger format {found}, this version reads {_FORMAT}; choose another --out folder"
             )
+        if found == _FORMAT or tallied or (found is None and used):
+            raise InputError(
+                f"{self.path}: the ledger is damaged (its format or its running hashes are lost); bring the folder "
+                "back from a copy, or choose another --out folder"
+            )
+        with self.transaction():
+            self.set_meta("format", _FORMAT)
+            tally.begin(self._db)
+
+    def changed_rows(self) -> list[str]:
+        """What differs between the rows and the hashes that were written with them, or between tables and their
+        indexes; one text each. Reads the whole ledger."""
+        damage = self._db.execute("PRAGMA integrity_check(1)").fetchone()[0]
+        return tally.check(self._db) if damage == "ok" else [" ".join(damage.split())]
 
     def flush(self) -> None:
         """Bring everything from the write-ahead log into the file. Closing does so as well, but says nothing when it
@@ -156,7 +184,7 @@ class Ledger:
 
     def stages(self) -> dict[str, Stage]:
         rows = self._db.execute("SELECT name, fingerprint, settings, done, seconds, info FROM stages ORDER BY rowid")
-        return {r[0]: Stage(r[0], r[1], stored_json(r[2]), bool(r[3]), r[4], stored_json(r[5])) for r in rows}
+        return {r[0]: Stage(r[0], r[1], stored_object(r[2]), bool(r[3]), r[4], stored_object(r[5])) for r in rows}
 
     def begin_stage(self, name: str, fingerprint: str, settings: dict[str, Any]) -> None:
         self._db.execute(
@@ -202,8 +230,7 @@ class Ledger:
 
     def add_items(self, items: Iterable[Item]) -> int:
         """Insert items that are not there yet; returns how many were new."""
-        before = self._db.total_changes
-        self._db.executemany(
+        written = self._db.executemany(
             "INSERT OR IGNORE INTO items (id, round, wave, source, kind, instruction, input, output, status, reason, "
             "detail, score, provenance, created) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             [
@@ -214,7 +241,7 @@ class Ledger:
                 for i in items
             ],
         )
-        return self._db.total_changes - before
+        return max(written.rowcount, 0)  # total_changes would count what triggers do, too
 
     def items(self, *, round: int | None = None, status: str | None = None, wave: int | None = None) -> list[Item]:
         where, values = ["1"], []
@@ -227,7 +254,7 @@ class Ledger:
             f"provenance FROM items WHERE {' AND '.join(where)} ORDER BY id",
             values,
         )
-        return [Item(*row[:12], provenance=stored_json(row[12])) for row in rows]
+        return [Item(*row[:12], provenance=stored_object(row[12])) for row in rows]
 
     def item_ids(self, *, round: int | None = None) -> set[str]:
         rows = self._db.execute("SELECT id FROM items WHERE ? IS NULL OR round = ?", (round, round))
@@ -275,15 +302,14 @@ class Ledger:
 
     def add_reply(self, reply: Reply) -> bool:
         """Insert one raw reply; False when it was there already."""
-        before = self._db.total_changes
-        self._db.execute(
+        written = self._db.execute(
             "INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 *(reply.id, reply.item_id, reply.purpose, reply.sample, reply.raw, reply.finish_reason, reply.tokens),
                 *(json.dumps(reply.provenance, ensure_ascii=False), time.time()),
             ),
         )
-        return self._db.total_changes > before
+        return written.rowcount > 0
 
     def replies(self, purpose: str, item_ids: Iterable[str] | None = None) -> dict[str, list[Reply]]:
         """Replies by item id, samples in order."""
@@ -296,7 +322,7 @@ class Ledger:
         )
         for row in rows:
             if wanted is None or row[1] in wanted:
-                found.setdefault(row[1], []).append(Reply(*row[:7], provenance=stored_json(row[7])))
+                found.setdefault(row[1], []).append(Reply(*row[:7], provenance=stored_object(row[7])))
         return found
 
     def reply_ids(self, purpose: str) -> set[str]:

@@ -2,7 +2,7 @@
 
 SQLite has no checksums of its own. So whoever closes a run's ledger writes the file's SHA-256 and one for the rows of
 each table into ``ledger.seal`` beside it, and whoever opens the ledger to write compares first and takes the seal away
-until it is closed again. A killed process leaves no seal.
+until it is closed again. A killed process leaves no seal; then the ledger's own running hashes are compared (`tally`).
 """
 
 from __future__ import annotations
@@ -117,6 +117,12 @@ def sealed_ledger(path: Path) -> Iterator[Ledger]:
         path.with_name(SEAL).unlink()
         sync_folder(path.parent)
     with Ledger(path) as ledger:
+        changed = ledger.changed_rows() if findings is None else []
+        if changed:
+            raise InputError(
+                f"{path}: {'; '.join(changed)}: it was changed after its last run was killed. Bring the folder back "
+                "from a copy, or choose another --out folder"
+            )
         failed = True
         try:
             yield ledger

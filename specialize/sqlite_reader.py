@@ -26,7 +26,8 @@ def _told(source: str) -> Iterator[None]:
     except sqlite3.DatabaseError as error:
         if not any(word in str(error) for word in _DAMAGE):
             raise
-        raise InputError(f"{source}: not a usable ledger ({error}); choose another --out folder") from None
+        why = " ".join(str(error).split())[:200]  # it may quote a whole row
+        raise InputError(f"{source}: not a usable ledger ({why}); choose another --out folder") from None
 
 
 class _Cursor(sqlite3.Cursor):
@@ -77,3 +78,11 @@ def stored_json(text: Any) -> Any:
         return parse_json(text)
     except (TypeError, ValueError) as error:
         raise InputError(f"the ledger is damaged (a value is no JSON: {error}); choose another --out folder") from None
+
+
+def stored_object(text: Any) -> dict[str, Any]:
+    """The value of a column that holds a JSON object."""
+    value = stored_json(text)
+    if not isinstance(value, dict):
+        raise InputError("the ledger is damaged (a value is no JSON object); choose another --out folder")
+    return value

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import tally
 from .errors import InputError
 from .files import TEMPORARY, hash_file
 from .ledger import SCHEMA, Artefact, reading_lock
@@ -98,6 +99,11 @@ def _check_ledger(db: sqlite3.Connection, found: Findings) -> None:
     missing = _missing_columns(db)
     if missing:
         found.wrong.append(f"ledger.sqlite lacks {', '.join(missing)}")
+        return
+    found.wrong += [f"ledger.sqlite: {text}" for text in tally.check(db)]
+    culprit = tally.wrong_type(db)
+    if culprit is not None:
+        found.wrong.append(f"ledger.sqlite: {culprit}")
         return
     stages = {
         name: (bool(done), _object(info)) for name, done, info in db.execute("SELECT name, done, info FROM stages")
