@@ -978,10 +978,10 @@ def chat(common: Common, model: str, adapter: str | None, **o: Any) -> None:
 
 
 @cli.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
-@click.argument("what", type=click.Choice(["kernels", "generate", "train", "retrieval", "peers", "quality"]))
+@click.argument("what", type=click.Choice(["kernels", "generate", "train", "retrieval", "peers", "quality", "soak"]))
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def bench(what: str, arguments: tuple[str, ...]) -> None:
-    """Measure kernels, generate, train, retrieval, peers, or the quality of quantised weights.
+    """Measure kernels, generate, train, retrieval, peers, the quality of quantised weights, or endurance (soak).
     `specialize bench WHAT --help` lists the options.
 
     \b

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import psutil
 import pytest
 from specialize.engine import memory
@@ -67,3 +71,35 @@ def test_a_containers_limit_counts_in_version_1(groups):
 def test_without_groups_the_machine_counts(groups):
     assert memory.total_memory_bytes("cpu") == psutil.virtual_memory().total
     assert memory.process_bytes("cpu") == pytest.approx(psutil.Process().memory_info().rss, rel=0.2)
+
+
+LIMITED = """
+import resource
+import psutil
+from specialize.engine import memory
+limit = psutil.Process().memory_info().vms + (3 << 30)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+print(limit, memory.total_memory_bytes("cpu"), memory.available_memory_bytes("cpu"), psutil.Process().memory_info().vms)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="address-space limits are counted on Linux only")
+def test_address_space_limit_counts():
+    done = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, check=True)
+    limit, total, available, held = map(int, done.stdout.split())
+    assert total <= 0.75 * limit + 1
+    assert available <= max(0.75 * limit - held, 0) + (16 << 20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit_mib", [2048, 1400])
+def test_limited_child_generates_or_refuses_with_the_plan(smollm2, limit_mib):
+    command = [sys.executable, "-m", "specialize", "generate", "--model", str(smollm2), "The heart is"]
+    command += ["--max-tokens", "8", "--threads", "1"]
+    limited = ["bash", "-c", f'ulimit -v {limit_mib << 10}; exec "$@"', "limited", *command]
+    done = subprocess.run(limited, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode == 0:
+        assert done.stdout.strip()
+    else:
+        assert done.returncode == 2, done.stderr
+        assert "does not fit in" in done.stderr
