@@ -153,6 +153,8 @@ def soak(
     generator.allocator.forget_contents()  # asked again below, nothing is found in the cache
     differing = [number for number, first in kept.items() if not _same(generator, number, seed, first)]
     problems += [f"request {number}: another answer when asked again" for number in differing]
+    if done != next_number:
+        problems.append(f"{next_number} requests were handed over, {done} came back")
     if reasons["error"]:
         problems.append(f"{reasons['error']} requests ended with an error")
     result = {

@@ -11,6 +11,8 @@ import torch
 
 from specialize.errors import InputError
 
+from .control_groups import groups
+
 try:
     import resource
 except ImportError:  # Windows has no such limits
@@ -28,8 +30,11 @@ CARDS = {
 }  # fmt: skip
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_PROC_CGROUP = Path("/proc/self/cgroup")
-_CGROUP_ROOT = Path("/sys/fs/cgroup")
+# Of a control group, by version: names of its limit, its usage, and the page cache that can be dropped.
+_GROUP_FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
+}
 
 
 def parse_bytes(text: str) -> int:
@@ -88,34 +93,14 @@ def _container_limits() -> list[tuple[int, int]]:
         limit = resource.getrlimit(resource.RLIMIT_AS)[0]
         if limit != resource.RLIM_INFINITY:
             found.append((limit - int(limit * ADDRESS_SHARE), psutil.Process().memory_info().vms))
-    for folder, limit_name, usage_name, cache_name in _groups():
+    for folder, version in groups("memory"):
+        limit_name, usage_name, cache_name = _GROUP_FILES[version]
         try:
             limit, usage = int((folder / limit_name).read_text()), int((folder / usage_name).read_text())
         except (OSError, ValueError):  # absent, or "max"
             continue
         found.append((limit, max(usage - _stat(folder, cache_name), 0)))
     return found
-
-
-def _groups() -> list[tuple[Path, str, str, str]]:
-    """(folder, names of its limit, usage and droppable-cache figures), from this process's group up to the root."""
-    v2 = ("memory.max", "memory.current", "inactive_file")
-    v1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-    places = {(_CGROUP_ROOT, *v2): None, (_CGROUP_ROOT / "memory", *v1): None}
-    try:
-        lines = _PROC_CGROUP.read_text().splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        root, names = (_CGROUP_ROOT / "memory", v1) if controllers else (_CGROUP_ROOT, v2)
-        folder = root / path.lstrip("/")
-        while folder != root and root in folder.parents:
-            places[(folder, *names)] = None
-            folder = folder.parent
-    return list(places)
 
 
 def _stat(folder: Path, name: str) -> int:

@@ -26,6 +26,8 @@ CPU_CACHE_BYTES = 4 << 30
 RESERVE = {"cuda": 0.02, "cpu": 0.04}
 # What a CPU process takes beside tensors once it works: compiled twins, thread stacks, the tokenizer, oneDNN's code.
 CPU_RUNTIME_BYTES = 96 << 20
+# What of it is still to come when the model is there, so that a model which fits before it is loaded fits afterwards.
+CPU_RUNTIME_LEFT_BYTES = 48 << 20
 TOKENS_BEFORE_PACKING = 2048  # room for these in the cache is worth more than a faster layout of the weights
 GRAPH_CONTEXT = 4096
 GRAPH_BYTES = 4 << 20  # nodes and arguments of one recorded step, beside its tensors
@@ -224,7 +226,7 @@ def plan_generation(
     workspace = workspace_bytes(config, limits.max_batch_tokens, limits.max_sequences, dtype, quantization)
     reserve = int(RESERVE[device_type] * memory_bytes)
     graphs = 0 if on_cpu else graphs_bytes(config, limits, dtype, quantization)
-    runtime = CPU_RUNTIME_BYTES if on_cpu else 0
+    runtime = 0 if not on_cpu else CPU_RUNTIME_LEFT_BYTES if loaded else CPU_RUNTIME_BYTES
     held = 0 if loaded else quantized_bytes(config, quantization, dtype)
     size = page_bytes(config, engine.page_size, stored)
     pages_of_context = -(-limits.max_context // engine.page_size)

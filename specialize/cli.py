@@ -39,11 +39,15 @@ class Common:
         return Reporter(quiet=self.quiet)
 
     def prepare(self) -> Common:
-        """Set the number of threads; imports torch."""
-        if self.threads is not None:
-            import torch
+        """Set the number of threads: --threads, else OMP_NUM_THREADS, else what the container allows. Imports torch."""
+        import torch
 
+        from .engine.control_groups import usable_cpus
+
+        if self.threads is not None:
             torch.set_num_threads(self.threads)
+        elif not os.environ.get("OMP_NUM_THREADS"):  # torch reads it by itself
+            torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
         return self
 
     def show(self, result: Any, text: str | Callable[[], str]) -> None:
@@ -64,7 +68,11 @@ def common(function: Callable[..., Any]) -> Callable[..., Any]:
         help="Number format of the model's weights.",
     )
     @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-    @click.option("--threads", type=click.IntRange(1), help="CPU threads; all cores if left out.")
+    @click.option(
+        "--threads",
+        type=click.IntRange(1),
+        help="CPU threads.  [default: OMP_NUM_THREADS, else all that may be used]",
+    )
     @click.option("--quiet", is_flag=True, help="Plain lines instead of progress bars.")
     @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
     @click.option("--debug", is_flag=True, help="Show the traceback of an unexpected error.")
@@ -1038,6 +1046,7 @@ def doctor(common: Common, model: str | None, context: int, **o: Any) -> None:
         for name, value in o.items():
             if value is not None:
                 raise InputError(f"doctor: --{name.replace('_', '-')} needs --model")
+        common.prepare()
         findings = examine()
         common.show(findings, lambda: format_findings(findings))
         return

@@ -46,19 +46,22 @@ def _cpu() -> dict[str, Any]:
                     break
     except OSError:
         pass
+    from .engine.control_groups import cpu_quota, usable_cpus
+
     wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
     return {
         "name": name,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cpus(),
+        "container_quota": cpu_quota(),
     } | {"instructions": [flag for flag in wanted if flag in flags]}
 
 
 def examine() -> dict[str, Any]:
     """Findings by topic; ``problems`` lists what stands in the way, ``notes`` what could be better."""
-    import psutil
     import torch
 
     from .engine.generator import choose_device, choose_dtype
+    from .engine.memory import available_memory_bytes, total_memory_bytes
     from .fetch import PACKAGES, cache_dir
 
     problems: list[str] = []
@@ -98,8 +101,8 @@ def examine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "specialize": _version("specialize"),
         "cpu": _cpu() | {"torch_threads": torch.get_num_threads()},
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "memory_free_gib": round(psutil.virtual_memory().available / 2**30, 1),
+        "memory_gib": round(total_memory_bytes("cpu") / 2**30, 1),
+        "memory_free_gib": round(available_memory_bytes("cpu") / 2**30, 1),
         "disk_free_gib": round(free, 1),
         "gpus": gpus,
         "cuda": torch.version.cuda,
@@ -120,7 +123,12 @@ def format_findings(f: dict[str, Any]) -> str:
     cpu = f["cpu"]
     rows = [
         ("specialize", f"{f['specialize']}, Python {f['python']}, {f['system']}"),
-        ("CPU", f"{cpu['name']}, {cpu['cores']} cores, {', '.join(cpu['instructions']) or 'no AVX2'}"),
+        (
+            "CPU",
+            f"{cpu['name']}, {cpu['cores']} usable cores"
+            + (f" (the container's quota is {cpu['container_quota']:g})" if cpu["container_quota"] else "")
+            + f", {', '.join(cpu['instructions']) or 'no AVX2'}",
+        ),
         ("memory", f"{f['memory_gib']} GiB, {f['memory_free_gib']} free"),
         ("disk", f"{f['disk_free_gib']} GiB free for the cache {f['cache']}"),
         (

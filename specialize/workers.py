@@ -420,7 +420,9 @@ class WorkerPool:
             raise InputError("device 'cuda': the cluster has no GPU; allowed: cpu, auto")
         if spread.address is None:
             count = spread.workers or 1
-            cores = spread.threads or len(os.sched_getaffinity(0))
+            from .engine.control_groups import usable_cpus
+
+            cores = spread.threads or usable_cpus()
             return count, {"num_cpus": 1}, (*loading, "cpu", max(1, cores // count), count)
         cores = [int(node.get("CPU", 0)) for node in nodes if node.get("CPU", 0) >= 1]
         count = spread.workers or len(cores)

@@ -6,7 +6,7 @@ import sys
 
 import psutil
 import pytest
-from specialize.engine import memory
+from specialize.engine import control_groups, memory
 
 from specialize.errors import InputError
 
@@ -35,8 +35,8 @@ def test_cards_by_name():
 @pytest.fixture
 def groups(tmp_path, monkeypatch):
     """A made-up tree of control groups; ``put`` writes its files."""
-    monkeypatch.setattr(memory, "_CGROUP_ROOT", tmp_path / "cgroup")
-    monkeypatch.setattr(memory, "_PROC_CGROUP", tmp_path / "self")
+    monkeypatch.setattr(control_groups, "_CGROUP_ROOT", tmp_path / "cgroup")
+    monkeypatch.setattr(control_groups, "_PROC_CGROUP", tmp_path / "self")
 
     def put(folder: str, **files: object) -> None:
         place = tmp_path / "cgroup" / folder
@@ -73,10 +73,38 @@ def test_without_groups_the_machine_counts(groups):
     assert memory.process_bytes("cpu") == pytest.approx(psutil.Process().memory_info().rss, rel=0.2)
 
 
+@pytest.fixture
+def eight_cpus(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+
+
+@pytest.mark.parametrize(
+    ("limit", "count"), [("150000 100000", 1), ("400000 100000", 4), ("50000 100000", 1), ("max 100000", 8)]
+)
+def test_processors_of_a_container_in_version_2(groups, eight_cpus, limit, count):
+    groups.belongs_to("0::/user/job\n")
+    groups("user", cpu__max="900000 100000")
+    groups("user/job", cpu__max=limit)
+    assert control_groups.usable_cpus() == count
+
+
+@pytest.mark.parametrize(("folder", "quota", "count"), [("cpu", 300000, 3), ("cpu,cpuacct", 250000, 2), ("cpu", -1, 8)])
+def test_processors_of_a_container_in_version_1(groups, eight_cpus, folder, quota, count):
+    groups.belongs_to("7:cpu,cpuacct:/docker/abc\n4:memory:/docker/abc\n0::/\n")
+    groups(f"{folder}/docker/abc", cpu__cfs_quota_us=quota, cpu__cfs_period_us=100000)
+    assert control_groups.usable_cpus() == count
+
+
+def test_processors_that_the_process_may_run_on(groups, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 5})
+    groups(".", cpu__max="400000 100000")
+    assert control_groups.usable_cpus() == 2
+
+
 LIMITED = """
 import resource
 import psutil
-from specialize.engine import memory
+from specialize.engine import control_groups, memory
 limit = psutil.Process().memory_info().vms + (3 << 30)
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 print(limit, memory.total_memory_bytes("cpu"), memory.available_memory_bytes("cpu"), psutil.Process().memory_info().vms)
@@ -89,17 +117,3 @@ def test_address_space_limit_counts():
     limit, total, available, held = map(int, done.stdout.split())
     assert total <= 0.75 * limit + 1
     assert available <= max(0.75 * limit - held, 0) + (16 << 20)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("limit_mib", [2048, 1400])
-def test_limited_child_generates_or_refuses_with_the_plan(smollm2, limit_mib):
-    command = [sys.executable, "-m", "specialize", "generate", "--model", str(smollm2), "The heart is"]
-    command += ["--max-tokens", "8", "--threads", "1"]
-    limited = ["bash", "-c", f'ulimit -v {limit_mib << 10}; exec "$@"', "limited", *command]
-    done = subprocess.run(limited, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    if done.returncode == 0:
-        assert done.stdout.strip()
-    else:
-        assert done.returncode == 2, done.stderr
-        assert "does not fit in" in done.stderr
