@@ -294,6 +294,65 @@ def _show_run(common: Common, folder: Path, result: dict[str, Any]) -> None:
 
 
 @cli.command()
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Folder of the runs; an existing one goes on."
+)
+@click.option("--model", help="Model folder, .gguf file or fetch name.")
+@click.option("--seeds", help='JSONL of {"instruction", "input", "output", "task"?}.')
+@click.option("--corpus", help="JSONL, folder of .txt/.md, Parquet or PubMed XML.")
+@click.option("--tasks", help="Evaluation task file or folder of them.")
+@click.option("--recipe", help="Shipped recipe or a YAML file: what the variants differ from.  [default: small]")
+@click.option("--examples", type=click.IntRange(1), help="Synthetic rows to keep.")
+@click.option("--rounds", type=click.IntRange(1), help="Rounds of answering and tuning.")
+@click.option("--seed", type=int, help="Random seed of everything.")
+@quantize_option
+@memory_option
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A recipe setting, of all variants.")
+@click.option(
+    "--vary", multiple=True, metavar="KEY=V1,V2", help="Values of a setting; several options: all combinations."
+)
+@click.option(
+    "--list", "variants", type=click.Path(path_type=Path), help="YAML of variants by name.  [default: a shipped list]"
+)
+@click.option("--redo", is_flag=True, help="Redo the stages that changed settings invalidate.")
+@worker_options
+@common
+def ablate(common: Common, out: Path, vary: tuple[str, ...], variants: Path | None, redo: bool, **options: Any) -> None:
+    """Do a run and variants of it, sharing every stage that is equal, and compare them in one table.
+
+    Without --vary or --list: no retrieval, no filter, no self-consistency, no seeds in the mix, no teacher, invented
+    instructions.
+
+    \b
+    Examples:
+      specialize ablate --model smollm2-135m-instruct --seeds s.jsonl --corpus c.jsonl --tasks tasks/ --out ab
+      specialize ablate --out ab                     resume, inputs and recipe as before
+      specialize ablate --out ab --vary responses.samples=0,2,4 --vary retrieval.mode=off,hybrid
+    """
+    from .ablate import REFERENCE, read_variants, table, with_base_shots
+    from .ablate import ablate as work
+    from .ablate import vary as combinations
+    from .pipeline import Run
+    from .standalone import format_table
+
+    if vary and variants:
+        raise InputError("ablate: give --vary or --list, not both")
+    wanted = combinations(vary) if vary else read_variants(variants)
+    first = _open_run(common, out=out / REFERENCE, **options)
+    spread = _spread(common, options["workers"], options["ray"])
+
+    def open_run(recipe: Any, folder: Path, donors: Any) -> Any:
+        return Run(
+            folder, recipe, first.inputs, reporter=first.reporter, device=common.device,
+            memory_bytes=options["memory_bytes"], spread=spread, donors=donors,
+        )  # fmt: skip
+
+    chosen = with_base_shots(first.recipe, first.tasks)
+    result = work(open_run, chosen, wanted, out, say=first.reporter.say, redo=redo)
+    common.show(result, lambda: f"{format_table(table(result))}\n\n{out / 'ablation.md'}")
+
+
+@cli.command()
 @click.argument("name")
 @common
 def fetch(common: Common, name: str) -> None:

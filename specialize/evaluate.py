@@ -179,10 +179,12 @@ def evaluate(
     seed: int = 0,
     on_reply: Callable[[Reply], None] | None = None,
     adapter_name: Callable[[], str | None] | None = None,
+    before: Callable[[Sequence[Job]], object] | None = None,
 ) -> EvalReport:
     """Score ``system`` greedily. ``limit`` takes the first examples of each task (0: all).
 
     ``adapter_name`` gives the name under which the generator knows the adapter; asked only when replies are missing.
+    ``before`` hears of all jobs first and may put replies that exist elsewhere into the ledger.
     """
     from .engine.sampler import SamplingParams
 
@@ -209,6 +211,8 @@ def evaluate(
                 mine.append(Job(identity, purpose, prompt, params))
             jobs += mine
             plans.append((task, num_shots, purpose, mine, dropped, cut))
+    if before is not None:
+        before(jobs)
     done = {purpose: ledger.reply_ids(purpose) for purpose in {job.purpose for job in jobs}}
     missing = [job for job in jobs if job.reply_id(0) not in done[job.purpose]]
     if missing:
@@ -260,7 +264,7 @@ def compare(one: EvalReport, other: EvalReport, shots: int, metric: str = "token
     def mean(rows: list[tuple[str, Any, np.ndarray, np.ndarray]]) -> dict[str, float]:
         value = np.mean([r[1] for r in rows])
         low, high = np.percentile(np.mean([r[2] for r in rows], axis=0), [2.5, 97.5])
-        p = metrics.p_value(value, np.mean([r[3] for r in rows], axis=0))
+        p = metrics.p_value(float(value), np.mean([r[3] for r in rows], axis=0))
         return {"value": _percent(value), "low": _percent(low), "high": _percent(high), "p": round(p, 4)}
 
     tasks = [{"task": row[0]} | mean([row]) for row in draws]

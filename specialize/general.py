@@ -19,7 +19,7 @@ from . import metrics
 from .evaluate import RESAMPLES, EvalReport, System, compare, evaluate
 from .ledger import Ledger, Reply
 from .records import Task, fingerprint, read_json_lines, read_tasks, text_field
-from .synthesize import number_of
+from .synthesize import Job, number_of
 
 SHOTS = 5
 MAX_TOKENS = 32  # the answers are a few words
@@ -102,6 +102,7 @@ def off_domain(
     seed: int = 0,
     on_reply: Callable[[Reply], None] | None = None,
     adapter_name: Callable[[System], str | None],
+    before: Callable[[Sequence[Job]], object] | None = None,
 ) -> dict[str, Any]:
     """The "general" part of ``eval.json``: each system's perplexity and scores, and how they differ from the first's.
 
@@ -113,7 +114,7 @@ def off_domain(
         reports[system.name] = evaluate(
             generator, tasks, model=model, model_identity=model_identity, system=system, shots=(SHOTS,),
             max_tokens=MAX_TOKENS, ledger=ledger, seed=seed, on_reply=on_reply,
-            adapter_name=lambda system=system: adapter_name(system),
+            adapter_name=lambda system=system: adapter_name(system), before=before,
         )  # fmt: skip
     texts = [text.text for text in general_texts()]
     rows = {system.name: losses(system, texts) for system in systems}
@@ -147,13 +148,24 @@ def num_replies(num_systems: int) -> int:
 
 
 def remembered_losses(
-    ledger: Ledger, identity: Sequence[str], texts: Sequence[str], make: Callable[[], np.ndarray]
+    ledger: Ledger,
+    identity: Sequence[str],
+    texts: Sequence[str],
+    make: Callable[[], np.ndarray],
+    elsewhere: Callable[[str], Any] = lambda _: None,
 ) -> np.ndarray:
-    """The rows that the ledger has of a system on these texts, else those that ``make`` gives, remembered."""
+    """The rows that the ledger has of a system on these texts, or ``elsewhere`` under the same key, else those that
+    ``make`` gives; remembered."""
     key = "general/" + fingerprint(list(identity), list(texts))
     if ledger.meta(key) is None:
-        ledger.set_meta(key, make().tolist())
+        ledger.set_meta(key, elsewhere(key) or make().tolist())
     return np.array(ledger.meta(key))
+
+
+def perplexity_text(change: dict[str, Any]) -> str:
+    """``+1.2 % [+0.9, +1.5]``: how the perplexity differs from the base's."""
+    p = change["perplexity_percent"]
+    return f"{p['value']:+.1f} % [{p['low']:+.1f}, {p['high']:+.1f}]"
 
 
 def changes_lines(found: dict[str, Any]) -> list[str]:
@@ -161,10 +173,10 @@ def changes_lines(found: dict[str, Any]) -> list[str]:
     systems, lines = found["systems"], []
     for change in found["changes"]:
         name, base = change["system"], change["against"]
-        p, f1 = change["perplexity_percent"], change["token_f1"]
+        f1 = change["token_f1"]
         lines.append(
             f"off-domain, {name}: perplexity {systems[base]['perplexity']['value']:.2f} → "
-            f"{systems[name]['perplexity']['value']:.2f} ({p['value']:+.1f} % [{p['low']:+.1f}, {p['high']:+.1f}]), "
+            f"{systems[name]['perplexity']['value']:.2f} ({perplexity_text(change)}), "
             f"general tasks {systems[base]['token_f1']['value']:.1f} → {systems[name]['token_f1']['value']:.1f} "
             f"({f1['value']:+.1f} points [{f1['low']:+.1f}, {f1['high']:+.1f}])"
         )

@@ -285,7 +285,7 @@ class Ledger:
         with self.transaction():
             self._db.execute("DELETE FROM replies WHERE purpose NOT LIKE 'eval/%'")
             self._db.execute("DELETE FROM items")
-            self._db.execute("DELETE FROM meta WHERE key LIKE 'wave-%' OR key LIKE 'materials-%'")
+            self._db.execute("DELETE FROM meta WHERE key LIKE 'wave-%' OR key LIKE 'materials-%' OR key LIKE 'taken/%'")
 
     def delete_responses(self, round: int) -> None:
         """The answers of a round; the candidates of round 1 stay, later rounds' are copies and go."""

@@ -32,7 +32,8 @@ from .progress import Reporter
 from .recipe import INPUTS, YOUNGER, Recipe, Tune, write_recipe
 from .records import Example, file_fingerprint, fingerprint, read_seeds, read_tasks
 from .seal import sealed_ledger
-from .synthesize import Synthesizer, number_of, run_jobs
+from .share import Donors
+from .synthesize import Job, Synthesizer, number_of, run_jobs
 from .tune import encode, encode_rows, epoch_tokens, seed_examples, train, train_config
 from .workers import Spread, WorkerPool
 
@@ -54,8 +55,10 @@ class Run:
         device: str = "auto",
         memory_bytes: int | None = None,
         spread: Spread | None = None,
+        donors: Sequence[Path] = (),
     ):
-        """With ``spread`` prompts are answered by workers; training stays in this process."""
+        """With ``spread`` prompts are answered by workers; training stays in this process. What the run folders
+        ``donors`` hold of the same fingerprint is taken over instead of made again."""
         self.folder = folder
         self.recipe = recipe
         self.inputs = dict(inputs)
@@ -74,6 +77,8 @@ class Run:
                         f"task {task.name}: evaluate.shots asks for {shots}, the file has {len(task.shots)}"
                     )
         self.prints = {name: file_fingerprint(inputs[name]) for name in INPUTS}
+        self.reports: dict[str, EvalReport] = {}  # of the systems, once they are evaluated
+        self._donors = Donors(other for other in donors if other != folder)
         self._generator: Any = None
         self._pool: WorkerPool | None = None
         if spread is not None:
@@ -105,7 +110,8 @@ class Run:
         for name in YOUNGER:
             if plain["tune"][name] == getattr(Tune(), name):
                 del plain["tune"][name]
-        tune = plain["tune"] | {"epochs": None, "teacher_epochs": None, "budget": None}
+        # Teacher and control are the seeds' alone, whether or not the expert has the seeds among its rows.
+        tune = plain["tune"] | {"epochs": None, "teacher_epochs": None, "budget": None, "include_seeds": True}
         found: dict[str, dict[str, Any]] = {
             "index": {"corpus": prints["corpus"], **{f"retrieval.{k}": v for k, v in plain["retrieval"].items()}},
             "teacher": base
@@ -130,6 +136,7 @@ class Run:
         found["control"] = {
             "seeds": prints["seeds"],
             **{k: v for k, v in found["tune"].items() if k not in ("tune.epochs", "tune.budget")},
+            "tune.include_seeds": True,
         }
         return {name: found[name] for name in self.stage_names()}
 
@@ -244,10 +251,29 @@ class Run:
         self.ledger.begin_stage(name, self.fingerprints()[name], self.settings_of()[name])
         started = time.monotonic()
         try:
-            info = work(round)
+            info = self._taken_over(name) if _split(name)[0] != "control" else None
+            if info is None:
+                info = work(round)
         finally:
             self.ledger.add_seconds(name, time.monotonic() - started)
         self.ledger.end_stage(name, info, survey(self.folder, [self._stage_folder(name)]))
+
+    def _taken_over(self, name: str, **accept: Any) -> dict[str, Any] | None:
+        """What a donor noted of the same stage, its files brought here; None where there is none."""
+        info = self._donors.take_stage(
+            name, self.fingerprints()[name], self._stage_folder(name), self.folder, **accept
+        )  # fmt: skip
+        if info is not None:
+            self.reporter.say(f"{name}: as in {info['taken_from']}")
+        return info
+
+    def _take_replies(self, stage: str, jobs: Sequence[Job]) -> None:
+        """Replies to ``jobs`` that donors got under the same fingerprint; remembered, for their time is not this
+        run's."""
+        taken = self._donors.take_replies(self.ledger, jobs, stage, self.fingerprints()[stage]) if jobs else 0
+        if taken:
+            key = f"taken/{stage}"
+            self.ledger.set_meta(key, self.ledger.meta(key, 0) + taken)
 
     def _stage_folder(self, name: str) -> str:
         """Where a stage that makes files puts them, within the run folder."""
@@ -513,6 +539,7 @@ class Run:
             ledger.add_items(direct)
         asked = [job for source in jobs for job in jobs[source]]
         todo = [job for job in asked if job.item_id not in have]
+        self._take_replies("instructions", todo)
         if todo:
             with self.reporter.bar(
                 "instructions" if wave == 0 else f"instructions (wave {wave + 1})", len(todo)
@@ -520,6 +547,8 @@ class Run:
                 # Instructions are the base's own; the seeds-tuned model writes what belongs to the seeds' kinds.
                 for purpose, writer in (("instruction", None), ("input", self._teacher_of(1))):
                     mine = [job for job in todo if job.purpose == purpose]
+                    done = ledger.reply_ids(purpose)
+                    mine = [job for job in mine if job.reply_id(0) not in done]
                     if mine:
                         mine = [replace(job, adapter=self._adapter_name(writer)) for job in mine]
                         run_jobs(
@@ -576,8 +605,9 @@ class Run:
         ledger, maker = self.ledger, self.synthesizer
         items = [i for i in ledger.items(round=round, wave=wave) if i.status == "new" or self._was_answered(i)]
         teacher = self._teacher_of(round)
-        done = ledger.reply_ids("response")
         jobs = maker.response_jobs(items, None)
+        self._take_replies(_numbered("responses", round), jobs)
+        done = ledger.reply_ids("response")
         waiting = [job for job in jobs if any(job.reply_id(n) not in done for n in range(job.params.n))]
         if not waiting:
             return
@@ -699,6 +729,10 @@ class Run:
             and abs(teacher.info["tokens"] - wanted) <= EQUAL_TOKENS * wanted
         ):
             found = teacher.info | {"adapter_path": str(self.folder / "teacher"), "same_as": "teacher"}
+        elif taken := self._taken_over(
+            "control", accept=lambda info: info["wanted_tokens"] == wanted and "same_as" not in info
+        ):
+            found = taken
         else:
             found = self._train("control (seeds alone)", seed_examples(self.seeds), -wanted, self.folder / "control")
         return found | {"wanted_tokens": wanted}
@@ -745,7 +779,9 @@ class Run:
                     seed=self.recipe.seed,
                     on_reply=lambda _, bar=bar: bar.advance(),
                     adapter_name=lambda system=system: self._adapter_name(system.adapter),
+                    before=lambda jobs: self._donors.take_replies(self.ledger, jobs),
                 )
+        self.reports = reports
         found = self._summarise(reports)
         if settings.general:
             found["general"] = self._off_domain(systems, identity)
@@ -765,7 +801,9 @@ class Run:
                         self._generator = self._load_generator()
                     return general.text_losses(self.generator, texts, adapter=self._adapter_name(system.adapter))
 
-                return general.remembered_losses(self.ledger, (identity, system.identity), texts, make)
+                return general.remembered_losses(
+                    self.ledger, (identity, system.identity), texts, make, self._donors.meta
+                )
 
             return general.off_domain(
                 self.generator,
@@ -777,6 +815,7 @@ class Run:
                 seed=self.recipe.seed,
                 on_reply=lambda _: bar.advance(),
                 adapter_name=lambda system: self._adapter_name(system.adapter),
+                before=lambda jobs: self._donors.take_replies(self.ledger, jobs),
             )
 
     def _summarise(self, reports: dict[str, EvalReport]) -> dict[str, Any]:

@@ -311,6 +311,8 @@ def check_value(path: str, hint: Any, value: Any) -> Any:
             raise InputError(f"{path} must be a number, not {value!r}") from None
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
+    if value is False and hint is str and "off" in _CHOICES.get(path, ()):
+        value = "off"  # what YAML 1.1 takes for a truth value
     if type(value) is not hint:
         wanted = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[hint]
         raise InputError(f"{path} must be {wanted}, not {value!r}")
