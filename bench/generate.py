@@ -187,16 +187,12 @@ def _measured(device: str, dtype: torch.dtype) -> Ceilings:
     return Ceilings(1e12 * measured["gemm_tflop_s"], 1e9 * measured["copy_gb_s"])
 
 
-def measure(
-    model: str, workload: Workload, *, dtype: str, device: str, config: EngineConfig, repeats: int
-) -> dict[str, Any]:
+def measure(generator: Generator, model: str, workload: Workload, *, dtype: str, repeats: int) -> dict[str, Any]:
     """One row of results: medians of ``repeats`` runs, what the generator counted, the most memory held, the floor."""
     row: dict[str, Any] = {
         "name": workload.name, "model": model, "dtype": dtype, "prompts": len(workload.prompts),
         "prompt_tokens": workload.prompt_tokens, "new_tokens": workload.new_tokens, **environment(),
     }  # fmt: skip
-    generator = load_generator(model, dtype, device, config)
-    generator.warm_up()
     runs = [time_ours(generator, workload) for _ in range(repeats)]
     for run in runs:
         run.pop("token_ids")
@@ -416,11 +412,15 @@ def command(
     encode, vocab_size = _encoder(model)
     rows = []
     shape = {"groups": groups, "spread": spread}
+    generator = None
     for workload in _workloads(prompts, encode, vocab_size, batch, prompt_tokens, new_tokens, shared_prefix, shape):
         if compare_prefix_cache:
             row = compare_prefix_reuse(model, workload, dtype=dtype, device=device, config=config, repeats=repeats)
         else:
-            row = measure(model, workload, dtype=dtype, device=device, config=config, repeats=repeats)
+            if generator is None:  # one for all rows: what a second one leaves behind is not the workload's memory
+                generator = load_generator(model, dtype, device, config)
+                generator.warm_up()
+            row = measure(generator, model, workload, dtype=dtype, repeats=repeats)
         row["config"] = asdict(config)
         rows.append(row)
         click.echo(format_row(row))

@@ -59,7 +59,7 @@ class TracedLinear(Linear):
         return y
 
     def swiglu(self, x: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
-        fused = self._is_small(x) if isinstance(self.weight, torch.Tensor) else self._takes_packed(x)
+        fused = self._gates_packed(x) if isinstance(self.weight, torch.Tensor) else self._takes_packed(x)
         if not fused:  # two ops: the product, inside, and the activation
             with recorded_span("op:activation"):
                 y = super().swiglu(x, backend=backend)

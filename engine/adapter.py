@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from specialize.errors import InputError
 
+from ..kernels import cpu_blocks
 from ..kernels.lora_linear import lora_grouped_add_
 from .adapter_format import Pair, load_modules, lora_scaling, save_part_matrices
 from .batch import Batch
@@ -251,7 +251,7 @@ class SingleAdapter:
         pair = self._matrices.get((layer_id, name))
         if pair is None:
             return y
-        y.addmm_(F.linear(x, pair[0]), pair[1].t())
+        cpu_blocks.add_product_(y, cpu_blocks.linear(x, pair[0]), pair[1])
         stretch = self._stretches.get((layer_id, name))
         return y if stretch is None else _stretch_(y, linear.bias, stretch)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..kernels import cpu_linear, cpu_quantized
+from ..kernels import cpu_blocks, cpu_linear, cpu_quantized
 from ..kernels.activation import swiglu
 from ..kernels.quantized_linear import QuantizedWeight, dequantize, quantized_linear
 
@@ -18,12 +18,11 @@ class Linear:
     Differentiable in x; a quantised weight is dequantised anew for the backward pass, layer by layer.
 
     With ``prepack`` a bf16 CPU layer keeps, from the first small batch on, a blocked copy: for AMX tiles by our own
-    twin, else by oneDNN. Up to ``PACKED_ROWS`` rows it is 1.3 to 2 times faster than the plain layout, above that
-    slower. It costs the weights' memory once more and applies only where no gradient is wanted. A quantised layer is
-    packed at its first use with bf16 activations, in place of its plain form, and used so for any number of rows.
+    twin, else by oneDNN. Below 256 rows it is 1.3 to 2 times faster than the plain layout, above that slower, so whole
+    blocks of 256 rows meet the plain weight and the rest the copy (see `cpu_blocks`). It costs the weights' memory once
+    more and applies only where no gradient is wanted. A quantised layer is packed at its first use with bf16
+    activations, in place of its plain form, and used so for any number of rows.
     """
-
-    PACKED_ROWS = 256
 
     __slots__ = (
         "_gated",
@@ -74,9 +73,6 @@ class Linear:
         """The weight [out, in]: as it is, or dequantised to ``dtype``."""
         return dequantize(self.weight, dtype)
 
-    def _is_small(self, x: torch.Tensor) -> bool:
-        return self.prepack and 0 < x.shape[0] <= self.PACKED_ROWS and not torch.is_grad_enabled()
-
     def _takes_packed(self, x: torch.Tensor) -> bool:
         """Whether a quantised weight meets x in its packed form."""
         return self.prepack and x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
@@ -90,15 +86,23 @@ class Linear:
             weight = self.weight
             assert not isinstance(weight, torch.Tensor)
             return quantized_linear(x, weight, self.bias)
-        if not self._is_small(x):
-            return F.linear(x, self._weight, self.bias)  # type: ignore[arg-type]
+        weight = self._weight
+        assert isinstance(weight, torch.Tensor)
+        if torch.is_grad_enabled():
+            return F.linear(x, weight, self.bias)
+        return cpu_blocks.linear(x, weight, self.bias, rest=self._packed_rows if self.prepack else None)
+
+    def _packed_rows(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """A few rows against the packed copy of a dense weight."""
         if cpu_linear.available():
             if self._packed is None:
                 self._packed = cpu_linear.PackedLinear(self.dense(x.dtype), self.bias)
-            return self._packed(x)
+            self._packed(x, out)
+            return
         if self._packed is None:
             self._packed = torch.ops.mkldnn._reorder_linear_weight(self._weight, 32)
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        filled = cpu_blocks.fill(x)
+        out.copy_(torch.ops.mkldnn._linear_pointwise(filled, self._packed, self.bias, "none", [], "")[: x.shape[0]])
 
     def swiglu(self, x: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
         """``silu(gate) * up`` of a layer whose rows are [gate; up]: [T, in] -> [T, out / 2]."""
@@ -109,11 +113,30 @@ class Linear:
                 if self._gated is None:
                     self._gated = self._pack_quantized(gated=True)
                 return self._gated(x)
-        elif self._is_small(x) and cpu_linear.available():
-            if self._gated is None:
-                self._gated = cpu_linear.PackedLinear(self.dense(x.dtype), self.bias, gated=True)
-            return self._gated(x)
+        elif self._gates_packed(x):
+            return self._packed_swiglu(x)
         return swiglu(self(x), backend=backend)
+
+    def _gates_packed(self, x: torch.Tensor) -> bool:
+        """Whether some rows of x meet the packed form of a dense gated layer, which applies the activation, too."""
+        return (
+            self.prepack
+            and x.shape[0] % cpu_blocks.BLOCK != 0
+            and not torch.is_grad_enabled()
+            and cpu_linear.available()
+        )
+
+    def _packed_swiglu(self, x: torch.Tensor) -> torch.Tensor:
+        num_rows = x.shape[0]
+        whole = num_rows - num_rows % cpu_blocks.BLOCK
+        if self._gated is None:
+            self._gated = cpu_linear.PackedLinear(self.dense(x.dtype), self.bias, gated=True)
+        if not whole:
+            return self._gated(x)
+        out = x.new_empty(num_rows, self.out_features // 2)
+        out[:whole] = swiglu(cpu_blocks.linear(x[:whole], self.dense(x.dtype), self.bias))
+        self._gated(x[whole:], out[whole:])
+        return out
 
 
 def can_prepack(weight: torch.Tensor | QuantizedWeight) -> bool:

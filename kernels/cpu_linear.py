@@ -61,14 +61,20 @@ class PackedLinear:
         if getattr(self, "_packed", None):
             self._free(self._packed)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, in] bf16 -> [T, out], or [T, out/2] where gated. No gradient."""
+    def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """x [T, in] bf16 -> [T, out], or [T, out/2] where gated; into ``out`` where given. No gradient."""
         if x.dtype != torch.bfloat16 or x.shape[1] != self._num_in:
             raise ValueError(f"packed_linear: x is {x.dtype} {tuple(x.shape)}; allowed: bf16 [T, {self._num_in}]")
         if x.stride(1) != 1:
             x = x.contiguous()
         rows = x.shape[0]
-        out = torch.empty(rows, self._num_out // 2 if self._gated else self._num_out, dtype=torch.bfloat16)
+        width = self._num_out // 2 if self._gated else self._num_out
+        if out is None:
+            out = torch.empty(rows, width, dtype=torch.bfloat16)
+        elif out.dtype != torch.bfloat16 or out.shape != (rows, width) or not out.is_contiguous():
+            raise ValueError(
+                f"packed_linear: out is {out.dtype} {tuple(out.shape)}; allowed: contiguous bf16 {(rows, width)}"
+            )
         bias = None if self._bias is None else self._bias.data_ptr()
         _library().packed_linear(
             x.data_ptr(), x.stride(0), self._packed, bias, out.data_ptr(), rows, self._num_out, self._num_in,

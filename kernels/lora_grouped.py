@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
+from . import cpu_blocks
 from .dispatch import bad_argument, choose_backend, tl, triton
 from .spec import Case, CompileCase, KernelSpec
 from .tuning import tuned_config
@@ -59,10 +60,10 @@ def _add_torch(y, x, a, b, scalings, adapter_index, query_starts) -> torch.Tenso
         a_n, b_n = a[adapter], b[adapter]
         if len(pieces) == 1:
             start, stop = pieces[0]
-            y[start:stop].addmm_(linear(x[start:stop], a_n), b_n.t(), alpha=scale[adapter])
+            cpu_blocks.add_product_(y[start:stop], cpu_blocks.linear(x[start:stop], a_n), b_n, scale[adapter])
             continue
         rows = torch.cat([torch.arange(start, stop, device=x.device) for start, stop in pieces])
-        update = torch.addmm(y[rows], linear(x[rows], a_n), b_n.t(), alpha=scale[adapter])
+        update = cpu_blocks.add_product_(y[rows], cpu_blocks.linear(x[rows], a_n), b_n, scale[adapter])
         y.index_copy_(0, rows, update)
     return y
 

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.nn.functional import linear
 
-from . import cpu_quantized
+from . import cpu_blocks, cpu_quantized
 from .channelwise import ChannelWeight, dequantize_channelwise, quantize_fp8, quantize_int8
 from .dispatch import bad_argument, choose_backend, tl, triton
 from .nf4 import BLOCK, CODEBOOK, NF4Weight, check_nf4, dequantize_nf4, quantize_nf4, tables
@@ -490,7 +490,7 @@ def _forward(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None
     if name == "torch":
         return quantized_linear_reference(x, weight, bias)
     if name == "cpp":
-        return linear(x, dequantize(weight, x.dtype, backend="cpp"), bias)
+        return cpu_blocks.linear(x, dequantize(weight, x.dtype, backend="cpp"), bias)
     if x.dtype not in FLOATS:
         raise bad_argument(OP, "x", x.dtype, "float32, bfloat16 or float16 with backend 'triton'")
     config = config_for(weight, x.shape[0])

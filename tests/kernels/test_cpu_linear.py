@@ -96,11 +96,16 @@ def test_wrong_operands_are_named():
 
 
 @torch.no_grad()
-def test_layers_use_it_for_few_rows_only():
-    x, weight, _ = operands(300, 64, 96, False)
+def test_layers_use_it_for_rows_beyond_whole_blocks():
+    x, weight, _ = operands(600, 64, 96, False)
     layer = Linear(weight, prepack=True)
     plain = F.linear(x, weight)
-    assert torch.equal(layer(x), plain) and layer._packed is None
-    assert worst_row(layer(x[:5]), plain[:5].double()) < 0.02 and layer._packed is not None
+    assert torch.equal(layer(x[:512]), plain[:512]) and layer._packed is None
+    for num_rows in (5, 255, 257, 600):
+        assert worst_row(layer(x[:num_rows]), plain[:num_rows].double()) < 0.02 and layer._packed is not None
+    assert torch.equal(layer(x)[512:], layer(x[512:])), "the rest does not depend on the blocks before it"
     assert layer(x[:0]).shape == (0, 64) and layer.swiglu(x[:0]).shape == (0, 32)
-    assert worst_row(layer.swiglu(x[:5]), layer.swiglu(x)[:5].double()) < 0.03
+    gated = layer.swiglu(x[:512])
+    assert worst_row(layer.swiglu(x[:5]), gated[:5].double()) < 0.03
+    assert worst_row(layer.swiglu(x)[:512], gated.double()) == 0.0
+    assert torch.equal(layer.swiglu(x)[512:], layer.swiglu(x[512:]))
