@@ -134,9 +134,7 @@ memory_option = click.option(
 kv_dtype_option = click.option(
     "--kv-dtype",
     type=click.Choice(["auto", "fp32", "bf16", "fp16", "int8", "fp8"]),
-    default="auto",
-    show_default=True,
-    help="What the KV cache holds: the dtype, or 8 bits a number for half the memory.",
+    help="What the KV cache holds: 8 bits a number for half the memory.  [default: the dtype]",
 )
 adapter_option = click.option("--adapter", type=click.Path(), help="Adapter folder, as PEFT writes it.")
 
@@ -197,6 +195,7 @@ def init(common: Common, domain: str, out: Path | None) -> None:
 @click.option("--rounds", type=click.IntRange(1), help="Rounds of answering and tuning.")
 @click.option("--seed", type=int, help="Random seed of everything.")
 @quantize_option
+@kv_dtype_option
 @memory_option
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any recipe setting, such as tune.rank=8.")
 @click.option("--until", default="report", help="Stop after this stage (index, teacher, filter, tune, evaluate, …).")
@@ -240,7 +239,7 @@ def _open_run(
     if recipe and remembered.is_file():
         inputs = remembered_inputs(remembered) | inputs
     changes: dict[str, Any] = {
-        k: options[k] for k in ("examples", "rounds", "seed", "quantize") if options.get(k) is not None
+        k: options[k] for k in ("examples", "rounds", "seed", "quantize", "kv_dtype") if options.get(k) is not None
     }
     if common.dtype != "auto":
         changes["dtype"] = common.dtype
@@ -766,9 +765,12 @@ def evaluate(common: Common, run: Path | None, redo: bool, settings: tuple[str, 
     """
     if o["general"] and (run is not None or o["workers"] or o["ray"]):
         raise InputError("eval: --general goes with --model without --workers; of a RUN: --set evaluate.general=true")
-    if o["kv_dtype"] != "auto" and (run is not None or o["workers"] or o["ray"]):
-        raise InputError(f"eval: --kv-dtype {o['kv_dtype']} belongs to --model without --workers and --ray")
     if run is not None:
+        if o["kv_dtype"]:
+            raise InputError(
+                f"eval: --kv-dtype {o['kv_dtype']} goes with --model; of a RUN: specialize run --out {run} "
+                f"--kv-dtype {o['kv_dtype']} --redo"
+            )
         options = {name: o[name] for name in ("workers", "ray", "memory_bytes")}
         _run_stage(common, run, "evaluate", redo, settings=settings, **options)
         return
@@ -804,7 +806,7 @@ def evaluate(common: Common, run: Path | None, redo: bool, settings: tuple[str, 
         seed=o["seed"],
         model_name=o["model"],
         reporter=common.prepare().reporter,
-        kv_dtype=o["kv_dtype"],
+        kv_dtype=o["kv_dtype"] or "auto",
         spread=spread,
         general=o["general"],
     )
@@ -900,12 +902,13 @@ def _generator(common: Common, model: str, adapter: str | None, o: dict[str, Any
     """The generator of `generate` and `chat`, and the adapter's name in it."""
     from .standalone import existing_model, load_generator
 
-    names = ("quantize", "memory_bytes", "speculation", "kv_dtype")
+    names = ("quantize", "memory_bytes", "speculation")
     return load_generator(
         existing_model(model, common.reporter),
         adapter=adapter,
         dtype=common.prepare().dtype,
         device=common.device,
+        kv_dtype=o["kv_dtype"] or "auto",
         **{name: o[name] for name in names},
     )
 

@@ -84,7 +84,7 @@ class Run:
         if spread is not None:
             self._pool = WorkerPool(
                 inputs["model"], spread, dtype=recipe.dtype, device=device, quantize=recipe.quantize,
-                memory_bytes=memory_bytes, say=self.reporter.say,
+                kv_dtype=recipe.kv_dtype, memory_bytes=memory_bytes, say=self.reporter.say,
             )  # fmt: skip
         self._adapter_names: dict[str, str] = {}
         self._index: Any = None
@@ -107,6 +107,8 @@ class Run:
         base = {"seed": plain["seed"], "model": prints["model"], "dtype": self.recipe.dtype}
         if self.recipe.quantize != "none":
             base["quantize"] = self.recipe.quantize
+        if self.recipe.kv_dtype != "auto":
+            base["kv_dtype"] = self.recipe.kv_dtype
         for name in YOUNGER:
             if plain["tune"][name] == getattr(Tune(), name):
                 del plain["tune"][name]
@@ -310,7 +312,7 @@ class Run:
             self.model_path,
             dtype=self.recipe.dtype,
             device=self.device,
-            config=EngineConfig(memory_bytes=self.memory_bytes),
+            config=EngineConfig(memory_bytes=self.memory_bytes, kv_dtype=self.recipe.kv_dtype),
             quantize=self.recipe.quantize,
         )
         self._require_unchanged("model")
@@ -762,7 +764,8 @@ class Run:
         systems = self.systems()
         counts = [len(t.examples[: settings.limit or None]) for t in self.tasks]
         quantized = [self.recipe.quantize] * (self.recipe.quantize != "none")
-        identity = " ".join((self.prints["model"], self.recipe.dtype, *quantized))
+        cached = [f"kv {self.recipe.kv_dtype}"] * (self.recipe.kv_dtype != "auto")
+        identity = " ".join((self.prints["model"], self.recipe.dtype, *quantized, *cached))
         for system in systems:
             shots = tuple(dict.fromkeys((*settings.shots, *(settings.base_shots if system.name == "base" else ()))))
             with self.reporter.bar(f"evaluate {system.label}", sum(counts) * len(shots), "replies") as bar:

@@ -150,6 +150,7 @@ class Recipe:
     rounds: int = 1
     dtype: str = "auto"
     quantize: str = "none"
+    kv_dtype: str = "auto"
     retrieval: Retrieval = field(default_factory=Retrieval)
     teacher: Teacher = field(default_factory=Teacher)
     instructions: Instructions = field(default_factory=Instructions)
@@ -172,6 +173,7 @@ class Recipe:
 _CHOICES = {
     "dtype": ("auto", "fp32", "bf16", "fp16"),
     "quantize": ("none", "nf4", "int8", "fp8", "nf4+head", "int8+head", "fp8+head"),
+    "kv_dtype": ("auto", "fp32", "bf16", "fp16", "int8", "fp8"),
     "retrieval.mode": ("bm25", "dense", "hybrid", "off"),
     "instructions.novel_input": ("corpus", "written"),
     "instructions.material": ("nearest", "random"),

@@ -297,8 +297,8 @@ def evaluate_model(
             )  # fmt: skip
         else:
             generator = WorkerPool(
-                model_path, spread, dtype=dtype, device=device, quantize=quantize, memory_bytes=memory_bytes,
-                say=reporter.say,
+                model_path, spread, dtype=dtype, device=device, quantize=quantize, kv_dtype=kv_dtype,
+                memory_bytes=memory_bytes, say=reporter.say,
             )  # fmt: skip
             stack.callback(generator.close)
             name = generator.load_adapter(adapter) if adapter else None

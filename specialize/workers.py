@@ -90,6 +90,7 @@ class Worker:
         model: str,
         dtype: str,
         quantize: str | None,
+        kv_dtype: str,
         memory_bytes: int | None,
         device: str,
         threads: int,
@@ -109,7 +110,7 @@ class Worker:
         cap = memory_bytes and memory_bytes // share
         if device == "cpu" and cap is None:
             cap = min(int(MEMORY_SHARE * total_memory_bytes("cpu")) // share, int(0.9 * available_memory_bytes("cpu")))
-        config = EngineConfig(memory_bytes=cap)
+        config = EngineConfig(memory_bytes=cap, kv_dtype=kv_dtype)
         self._generator = Generator.from_pretrained(model, dtype=dtype, device=device, quantize=quantize, config=config)
         threading.Thread(target=self._work, args=(threads,), daemon=True).start()
         return {
@@ -272,6 +273,7 @@ class WorkerPool:
         dtype: str = "auto",
         device: str = "auto",
         quantize: str | None = None,
+        kv_dtype: str = "auto",
         memory_bytes: int | None = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -279,7 +281,7 @@ class WorkerPool:
             raise InputError(f"--device {device} with workers: each takes a GPU of its own; allowed: auto, cpu, cuda")
         self._ray = require_ray()
         self._path, self._spread, self._dtype, self._device = Path(model), spread, dtype, device
-        self._quantize, self._memory_bytes, self._say = quantize, memory_bytes, say
+        self._quantize, self._kv_dtype, self._memory_bytes, self._say = quantize, kv_dtype, memory_bytes, say
         self._members: list[_Member] = []
         self._options: dict[str, Any] = {}  # Ray's, of each worker
         self._arguments: tuple[Any, ...] = ()  # of `Worker.start`
@@ -408,7 +410,7 @@ class WorkerPool:
     def _layout(self) -> tuple[int, dict[str, Any], tuple[Any, ...]]:
         """(number of workers, Ray's options of each, arguments of `Worker.start`)."""
         spread = self._spread
-        loading = (str(self._path.resolve()), self._dtype, self._quantize, self._memory_bytes)
+        loading = (str(self._path.resolve()), self._dtype, self._quantize, self._kv_dtype, self._memory_bytes)
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         gpus = sum(int(node.get("GPU", 0)) for node in nodes)
         if self._device != "cpu" and gpus:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow.json
 import pyarrow.parquet
 import pytest
+import torch
 import yaml
 
 from specialize.errors import InputError
@@ -266,6 +267,16 @@ def test_changed_settings_say_what_they_redo(finished, tiny, tmp_path):
     with Ledger(folder / "ledger.sqlite") as ledger:
         assert {name for name, s in ledger.stages().items() if s.done} >= {"teacher", "instructions", "filter", "tune"}
     assert read_recipe(folder / "recipe.yaml")[0].filter.min_words == 2
+
+
+def test_the_cache_s_format_is_the_run_s_and_part_of_what_was_made(finished, tiny, tmp_path):
+    plain, small = open_run(tiny, tmp_path / "a"), open_run(tiny, tmp_path / "b", "kv_dtype=int8")
+    assert small.generator.cache.layer(0)[0].dtype == torch.int8
+    answered = ("teacher", "instructions", "responses")
+    assert all("kv_dtype" not in plain.settings_of()[stage] for stage in answered), "older runs resume"
+    assert all(small.settings_of()[stage]["kv_dtype"] == "int8" for stage in answered)
+    with pytest.raises(InputError, match=r"kv_dtype is 'int3'.*allowed: auto"):
+        open_run(tiny, tmp_path / "c", "kv_dtype=int3")
 
 
 def test_a_second_round_is_answered_by_the_first_expert(finished, tiny, tmp_path):

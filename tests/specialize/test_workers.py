@@ -36,8 +36,8 @@ def pool(tiny):
 
 def test_workers_share_the_memory_asked_for(tiny):
     worker = Worker()
-    worker.start(tiny.inputs["model"], "fp32", None, 3 << 30, "cpu", 1, 2)
-    assert worker._generator.config.memory_bytes == 3 << 29
+    worker.start(tiny.inputs["model"], "fp32", None, "int8", 3 << 30, "cpu", 1, 2)
+    assert worker._generator.config.memory_bytes == 3 << 29 and worker._generator.config.kv_dtype == "int8"
 
 
 def requests(tokenizer, count, *, max_tokens=24):
