@@ -816,19 +816,42 @@ def evaluate(common: Common, run: Path | None, redo: bool, settings: tuple[str, 
 
 
 @cli.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("runs", required=True, nargs=-1, type=click.Path(path_type=Path))
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Of several RUNS: the page to write.  [default: comparison.html]"
+)
 @common
-def report(common: Common, run: Path) -> None:
-    """Write a RUN's report.html anew from what its folder holds.
+def report(common: Common, runs: tuple[Path, ...], out: Path | None) -> None:
+    """Write a RUN's report.html anew from what its folder holds, or one page that compares several RUNS.
+
+    Runs that differ in nothing but --seed are taken together: mean and spread.
 
     \b
-    Example:
+    Examples:
       specialize report r1
+      specialize report r1 r2 r3 --out seeds.html
     """
-    from .pipeline import rewrite_report
+    if len(runs) == 1:
+        from .pipeline import rewrite_report
 
-    path = rewrite_report(run)
-    common.show({"report": str(path)}, str(path))
+        if out is not None:
+            raise InputError("report: --out belongs to several RUNS; a single one has its report.html")
+        path = rewrite_report(runs[0])
+        common.show({"report": str(path)}, str(path))
+        return
+    from .comparison import compare_runs
+    from .standalone import check_writable
+
+    out = out or Path("comparison.html")
+    check_writable(out)
+    found = compare_runs(runs, out)
+    lines = [
+        f"{row['what']}, {row['shots']}-shot {row['metric']} over {len(row['values'])} random seeds: "
+        f"{row['mean']:.1f} ± {row['spread']:.1f} ({row['low']:.1f} to {row['high']:.1f})"
+        for group in found["seeds"]
+        for row in group["rows"]
+    ]
+    common.show(found, "\n".join([*lines, str(out)]))
 
 
 @cli.command()

@@ -241,6 +241,34 @@ def evaluate(
     return EvalReport(model, system.adapter, tuple(found), seed, settings)
 
 
+def telling_examples(
+    one: EvalReport, other: EvalReport, tasks: Sequence[Task], shots: int, count: int = 2
+) -> list[dict[str, Any]]:
+    """Per task up to ``count`` examples in which ``one`` gained most over ``other`` by token F1, and as many in which
+    it lost most or, where it lost in none, was worst: what the numbers look like."""
+    theirs = {s.task: s for s in other.of(shots)}
+    by_name = {task.name: task for task in tasks}
+    found = []
+    for mine in one.of(shots):
+        his, task = theirs[mine.task], by_name[mine.task]
+        after, before = mine.rows["token_f1"][:, 0], his.rows["token_f1"][:, 0]
+        order = sorted(range(mine.n), key=lambda i: (before[i] - after[i], i))
+        good = [i for i in order[:count] if after[i] > before[i]]
+        bad = [i for i in reversed(order) if after[i] < before[i]][:count]
+        bad += [i for i in sorted(order, key=lambda i: (after[i], i)) if after[i] < 1 and i not in good + bad]
+        for verdict, chosen in (("good", good), ("bad", bad[:count])):
+            found += [
+                {
+                    "task": mine.task, "example": i, "verdict": verdict, "instruction": task.instruction,
+                    "input": task.examples[i].input, "references": list(task.examples[i].outputs),
+                    "before": his.replies[i], "after": mine.replies[i],
+                    "token_f1": [_percent(before[i]), _percent(after[i])],
+                }
+                for i in chosen
+            ]  # fmt: skip
+    return found
+
+
 def compare(one: EvalReport, other: EvalReport, shots: int, metric: str = "token_f1") -> dict[str, Any]:
     """``one`` minus ``other`` in points: per task and mean with paired bootstrap intervals and the p-value of a paired
     randomization test, and the mean without the task that moved most."""

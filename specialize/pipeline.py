@@ -22,7 +22,7 @@ from typing import Any
 from . import filter as rules
 from . import general
 from .errors import InputError
-from .evaluate import EvalReport, System, compare, evaluate
+from .evaluate import EvalReport, System, compare, evaluate, telling_examples
 from .export import model_card
 from .files import survey, sweep, write_text
 from .kinds import kinds_of
@@ -846,6 +846,14 @@ class Run:
                     for shots in sorted({s.shots for s in report.scores})
                 ]
         found["comparisons"] = comparisons
+        found["setting"] = {
+            "seeds": len(self.seeds),
+            "kinds": [kind.name for kind in self.kinds],
+            "tasks": [{"name": t.name, "metric": t.metric, "examples": len(t.examples)} for t in self.tasks],
+        }
+        if {"base", "expert"} <= set(reports):
+            shots = self.recipe.evaluate.shots[0]
+            found["examples"] = telling_examples(reports["expert"], reports["base"], self.tasks, shots)
         stage = self.ledger.stages().get(_numbered("tune", self.recipe.rounds))
         if stage is not None:
             found["contamination"] = stage.info.get("contamination", {})

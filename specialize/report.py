@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import platform
-import re
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,19 @@ from typing import Any
 from .errors import InputError
 from .files import write_text
 from .ledger import Item, Ledger
+from .plots import (
+    plot_gains,
+    plot_kept,
+    plot_lengths,
+    plot_loss,
+    plot_reasons,
+    plot_rounds,
+    plot_systems,
+    plot_time,
+)
 from .standalone import systems_table
 
-INK, MUTED, BLUE, ORANGE, GREEN, RED = "#1f2933", "#7b8794", "#2b6cb0", "#c05621", "#2f855a", "#c53030"
+SYSTEM_NAMES = {"seeds": "seeds alone"}
 
 
 def write_report(folder: Path) -> Path:
@@ -24,17 +33,20 @@ def write_report(folder: Path) -> Path:
         raise InputError(f"{folder} is no run folder (no ledger.sqlite)")
     with Ledger(folder / "ledger.sqlite") as ledger:
         values = _gather(folder, ledger)
+    path = folder / "report.html"
+    write_text(path, render_page("report.html", values))
+    return path
+
+
+def render_page(name: str, values: Mapping[str, Any]) -> str:
+    """A page of ``templates/`` with its styles inside; all values are escaped but plots."""
     import jinja2
 
     environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    template = environment.from_string(
-        (Path(__file__).parent / "templates" / "report.html").read_text(encoding="utf-8")
-    )
-    path = folder / "report.html"
-    write_text(path, template.render(**values))
-    return path
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+    )  # fmt: skip
+    return environment.get_template(name).render(**values)
 
 
 def _gather(folder: Path, ledger: Ledger) -> dict[str, Any]:
@@ -45,12 +57,16 @@ def _gather(folder: Path, ledger: Ledger) -> dict[str, Any]:
     stages = ledger.stages()
     rounds = max((item.round for item in ledger.items(status="kept")), default=1)
     kept, rejected = ledger.items(round=rounds, status="kept"), ledger.items(round=rounds, status="rejected")
+    by_round = _rounds(ledger, stages, found)
     plots = {
-        "gains": _plot_gains(found),
-        "loss": _plot_loss(stages),
-        "reasons": _plot_reasons(ledger.reasons(rounds)),
-        "kept": _plot_kept(ledger.answer_times(rounds)),
-        "lengths": _plot_lengths(kept),
+        "systems": plot_systems(found),
+        "rounds": plot_rounds(by_round),
+        "time": plot_time(stages),
+        "gains": plot_gains(found),
+        "loss": plot_loss(stages),
+        "reasons": plot_reasons(ledger.reasons(rounds)),
+        "kept": plot_kept(ledger.answer_times(rounds)),
+        "lengths": plot_lengths(kept),
     }
     return {
         "title": f"{Path(recipe['inputs']['model']).stem}, specialized",
@@ -61,7 +77,11 @@ def _gather(folder: Path, ledger: Ledger) -> dict[str, Any]:
         "inputs": recipe["inputs"],
         "headline": _headline(found),
         "table": systems_table(found) if found.get("systems") else [],
-        "rounds_table": _rounds_table(found),
+        "setting": _setting(recipe, found, stages),
+        "controls": _controls(found),
+        "rounds": by_round,
+        "stopped": _why_it_stopped(recipe, by_round, ledger.meta("stopped")),
+        "examples": found.get("examples", []),
         "comparisons": [
             c for c in found.get("comparisons", []) if c.get("mean") and c["metric"] in ("token_f1", "entity_f1")
         ],
@@ -74,6 +94,7 @@ def _gather(folder: Path, ledger: Ledger) -> dict[str, Any]:
         "kept_rows": _samples(folder, ledger, kept, 8),
         "rejected_rows": _rejected(ledger, rejected),
         "speed": _speed(ledger, stages),
+        "cost": _cost(ledger, stages),
         "machine": _machine(),
     }
 
@@ -94,23 +115,118 @@ def _headline(found: dict[str, Any]) -> dict[str, Any] | None:
     return {"shots": shots, "base": mean("base"), "seeds": mean("seeds"), "expert": mean("expert"), "against": against}
 
 
-def _rounds_table(found: dict[str, Any]) -> list[tuple[str, ...]]:
-    systems = found.get("systems", {})
-    rounds = [name for name in systems if name.startswith("round ")]
-    if not rounds:
-        return []
-    rows: list[tuple[str, ...]] = [("", "token F1", "entity F1", "ROUGE-L")]
-    for name in (*rounds, "expert"):
-        if name in systems:
-            cells = {
-                m["metric"]: f"{m['value']:.1f}"
-                for m in systems[name]["means"]
-                if m["shots"] == systems[name]["means"][0]["shots"]
-            }
-            rows.append(
-                (name if name != "expert" else "last round", cells["token_f1"], cells["entity_f1"], cells["rouge_l"])
-            )
+def _setting(recipe: dict[str, Any], found: dict[str, Any], stages: dict[str, Any]) -> dict[str, Any]:
+    """What went in, for the sentences at the top."""
+    known = found.get("setting", {})
+    index = stages["index"].info if "index" in stages else {}
+    return {
+        "model": Path(recipe["inputs"]["model"]).stem,
+        "seeds": known.get("seeds"),
+        "kinds": known.get("kinds", []),
+        "tasks": known.get("tasks", []),
+        "passages": index.get("passages"),
+        "rounds": recipe["rounds"],
+        "trained": next((s.info for n, s in reversed(stages.items()) if n.startswith("tune") and s.done), None),
+    }
+
+
+def _controls(found: dict[str, Any]) -> list[str]:
+    """What the controls say, a sentence each."""
+    systems, said = found.get("systems", {}), []
+    if not {"base", "expert"} <= set(systems):
+        return said
+    shots = systems["expert"]["means"][0]["shots"]
+    expert = _mean(found, "expert", shots)
+    for n in sorted({m["shots"] for m in systems["base"]["means"]} - {shots}):
+        base = _mean(found, "base", n)
+        said.append(
+            f"The base with {n} example{'s' if n > 1 else ''} in its prompt reaches {base['value']:.1f}; the expert "
+            f"has {expert['value']:.1f} at {shots} shots."
+        )
+    rows = {
+        (c["against"], c["metric"]): c for c in found["comparisons"] if (c["system"], c["shots"]) == ("expert", shots)
+    }
+    if ("seeds", "token_f1") in rows:
+        mean = rows["seeds", "token_f1"]["mean"]
+        if mean["low"] > 0:
+            verdict = "so the synthetic rows are worth something of their own"
+        elif mean["high"] >= 0:
+            verdict = "so what the synthetic rows add to the seeds is not certain"
+        else:
+            verdict = "so the synthetic rows do harm: the seeds alone are better"
+        said.append(
+            f"Tuned on the seeds alone, for as many tokens, the base reaches "
+            f"{_mean(found, 'seeds', shots)['value']:.1f}: the expert differs by {_points(mean)}, {verdict}."
+        )
+    for metric, text in (
+        ("token_f1", "Without {mover}, the task that moved most, the gain over the base is {points}."),
+        ("entity_f1", "By strict entity F1, which wants name and type exactly, the gain over the base is {points}."),
+    ):
+        row = rows.get(("base", metric))
+        mean = row and (row["mean_without_largest_mover"] if metric == "token_f1" else row["mean"])
+        if row and mean:
+            said.append(text.format(mover=row["largest_mover"], points=_points(mean)))
+    return said
+
+
+def _points(mean: Mapping[str, Any]) -> str:
+    return f"{mean['value']:+.1f} points ({mean['low']:+.1f} to {mean['high']:+.1f}{_p(mean)})"
+
+
+def _mean(found: dict[str, Any], system: str, shots: int, metric: str = "token_f1") -> dict[str, Any]:
+    return next(m for m in found["systems"][system]["means"] if (m["shots"], m["metric"]) == (shots, metric))
+
+
+def _p(mean: Mapping[str, Any]) -> str:
+    """``, p = 0.003`` of a paired test, where it was made."""
+    if "p" not in mean:
+        return ""
+    return ", p < 0.001" if mean["p"] < 0.001 else f", p = {mean['p']:.3f}"
+
+
+def _rounds(ledger: Ledger, stages: dict[str, Any], found: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each finished round was made of and reached."""
+    systems, rows = found.get("systems", {}), []
+    done = [(int(n.partition("-")[2] or 1), s.info) for n, s in stages.items() if n.startswith("tune") and s.done]
+    best = (ledger.meta("stopped") or {}).get("best", max((number for number, _ in done), default=1))
+    for number, info in sorted(done, key=lambda pair: pair[0]):
+        row: dict[str, Any] = {"round": number, "tokens": info["tokens"], "kept": ledger.counts(number).get("kept", 0)}
+        row |= {"rejected": ledger.counts(number).get("rejected", 0), "validation": info.get("validation")}
+        row |= {"loss": sum(info["losses"][-10:]) / len(info["losses"][-10:]), "chosen": number == best}
+        report = systems.get("expert" if number == best else f"round {number}")
+        if report:
+            shots = report["means"][0]["shots"]
+            row |= {m["metric"]: m for m in report["means"] if m["shots"] == shots}
+        rows.append(row)
     return rows
+
+
+def _why_it_stopped(recipe: dict[str, Any], rounds: list[dict[str, Any]], stopped: dict[str, Any] | None) -> str:
+    if recipe["rounds"] == 1 or not rounds:
+        return ""
+    if stopped is not None:
+        last, best = (next(r["validation"] for r in rounds if r["round"] == stopped[key]) for key in ("after", "best"))
+        return (
+            f"It stopped after round {stopped['after']} of at most {recipe['rounds']}: on {last['n']} seeds that no "
+            f"model was tuned on, that round's expert has {last['value']:.1f}, no more than the {best['value']:.1f} of "
+            f"round {stopped['best']}, whose adapter is the expert."
+        )
+    if len(rounds) < recipe["rounds"]:
+        return f"{len(rounds)} of {recipe['rounds']} rounds are done."
+    if rounds[-1]["validation"]:
+        return f"All {recipe['rounds']} rounds were done; on the held-out seeds each was better than those before."
+    return f"All {recipe['rounds']} rounds were done; no seeds were held out, so nothing could stop it earlier."
+
+
+def _cost(ledger: Ledger, stages: dict[str, Any]) -> dict[str, Any]:
+    """Time, tokens trained and tokens written of the whole run."""
+    written = [tokens for purpose in ("instruction", "input", "response") for _, tokens in ledger.reply_times(purpose)]
+    return {
+        "minutes": sum(stage.seconds for stage in stages.values()) / 60,
+        "trained": sum(s.info["tokens"] for s in stages.values() if "tokens" in s.info and "same_as" not in s.info),
+        "written": sum(written),
+        "replies": len(written),
+    }
 
 
 def _general(found: dict[str, Any]) -> dict[str, Any] | None:
@@ -119,18 +235,17 @@ def _general(found: dict[str, Any]) -> dict[str, Any] | None:
     if not general:
         return None
     changes = {change["system"]: change for change in general["changes"]}
-    names = {"seeds": "seeds alone"}
     rows = []
     for name, system in general["systems"].items():
         p, f1 = system["perplexity"], system["token_f1"]
-        cells = [names.get(name, name), f"{p['value']:.2f} [{p['low']:.2f}, {p['high']:.2f}]", "–"]
+        cells = [SYSTEM_NAMES.get(name, name), f"{p['value']:.2f} [{p['low']:.2f}, {p['high']:.2f}]", "–"]
         cells += [f"{f1['value']:.1f} [{f1['low']:.1f}, {f1['high']:.1f}]", "–"]
         if name in changes:
             c, d = changes[name]["perplexity_percent"], changes[name]["token_f1"]
             cells[2] = f"{c['value']:+.2f} % [{c['low']:+.2f}, {c['high']:+.2f}]"
             cells[4] = f"{d['value']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]"
         rows.append(cells)
-    return general | {"rows": rows}
+    return general | {"rows": rows, "expert": changes.get("expert")}
 
 
 def _notes(found: dict[str, Any]) -> list[str]:
@@ -202,7 +317,10 @@ def _speed(ledger: Ledger, stages: dict[str, Any]) -> list[tuple[str, str, str]]
         what = ""
         if "tokens" in stage.info and stage.info.get("seconds"):
             what = f"{stage.info['tokens']:,} tokens, {stage.info['tokens'] / stage.info['seconds']:,.0f} a second"
-        if "same_as" in stage.info:
+        if "taken_from" in stage.info or ledger.meta(f"taken/{name}"):
+            origin = stage.info.get("taken_from", "other runs")
+            what = f"taken over from {origin}: the same settings and inputs"
+        elif "same_as" in stage.info:
             what = "the teacher, which was tuned on as many tokens"
         elif name == "index" and "passages" in stage.info:
             what = f"{stage.info['passages']:,} passages"
@@ -230,145 +348,3 @@ def _machine() -> dict[str, str]:
         "python": platform.python_version(),
         "specialize": metadata.version("specialize"),
     }
-
-
-# plots: SVG text, so that the file stays small and sharp
-
-
-def _figure(width: float = 6.4, height: float = 3.0) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots()
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(MUTED)
-    axes.tick_params(colors=INK, labelsize=10)
-    axes.grid(color="#e4e7eb", linewidth=0.8)
-    axes.set_axisbelow(True)
-    return figure, axes
-
-
-def _svg(figure: Any) -> str:
-    import matplotlib
-
-    stream = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "specialize"}):
-        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
-    text = stream.getvalue()
-    text = text[text.index("<svg") :]
-    # The drawing scales with the page; its fonts are the page's.
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r"font: ([0-9.]+px) [^;\"]*", r"font: \1 system-ui, sans-serif", text)
-    return text
-
-
-def _plot_gains(found: dict[str, Any]) -> str:
-    rows = [
-        c
-        for c in found.get("comparisons", [])
-        if c["system"] == "expert" and c["metric"] == "token_f1" and c.get("tasks")
-    ]
-    if not rows:
-        return ""
-    shots = rows[0]["shots"]
-    rows = [r for r in rows if r["shots"] == shots]
-    names = ["mean", *(t["task"] for t in reversed(rows[0]["tasks"]))]
-    figure, axes = _figure(height=0.9 + 0.52 * len(names))
-    styles = {"base": (BLUE, "against the base"), "seeds": (ORANGE, "against the seeds alone")}
-    for position, row in enumerate(rows):
-        values = [row["mean"], *reversed(row["tasks"])]
-        offset = (position - (len(rows) - 1) / 2) * 0.26
-        color, label = styles[row["against"]]
-        points = [v["value"] for v in values]
-        spans = [
-            [p - v["low"] for p, v in zip(points, values, strict=True)],
-            [v["high"] - p for p, v in zip(points, values, strict=True)],
-        ]
-        axes.errorbar(
-            points, [i - offset for i in range(len(names))], xerr=spans, fmt="o", color=color, label=label, capsize=3
-        )
-    axes.axvline(0, color=INK, linewidth=1)
-    axes.set_yticks(range(len(names)), names)
-    axes.set_xlabel(f"gain in token F1, points ({shots}-shot)")
-    axes.legend(frameon=False, fontsize=9, loc="best")
-    return _svg(figure)
-
-
-def _plot_loss(stages: dict[str, Any]) -> str:
-    curves = {n: s.info for n, s in stages.items() if s.info.get("losses") and "same_as" not in s.info}
-    if not curves:
-        return ""
-    figure, axes = _figure()
-    labels = {"teacher": "teacher (seeds)", "control": "control (seeds alone)", "tune": "expert"}
-    for (name, info), color in zip(curves.items(), (MUTED, BLUE, ORANGE, GREEN, RED, INK), strict=False):
-        losses = info["losses"]
-        share = [info["tokens"] * (i + 1) / len(losses) / 1000 for i in range(len(losses))]
-        smooth: list[float] = []
-        for loss in losses:
-            smooth.append(loss if not smooth else 0.7 * smooth[-1] + 0.3 * loss)
-        axes.plot(share, losses, color=color, alpha=0.25, linewidth=1)
-        axes.plot(share, smooth, color=color, linewidth=2, label=labels.get(name, name))
-    axes.set_xlabel("thousand tokens trained")
-    axes.set_ylabel("loss on responses")
-    axes.legend(frameon=False, fontsize=9)
-    return _svg(figure)
-
-
-def _plot_reasons(reasons: dict[str, int]) -> str:
-    if not reasons:
-        return ""
-    names = list(reversed(reasons))
-    figure, axes = _figure(height=0.9 + 0.34 * len(names))
-    bars = axes.barh(names, [reasons[n] for n in names], color=ORANGE, height=0.6)
-    axes.bar_label(bars, padding=3, fontsize=9, color=INK)
-    axes.set_xlabel("candidates rejected")
-    axes.grid(axis="y", visible=False)
-    return _svg(figure)
-
-
-def _plot_kept(times: list[tuple[float, str]]) -> str:
-    if len(times) < 2:
-        return ""
-    # A pause (an interrupted run) would squeeze everything else, so gaps over a minute are closed.
-    at, clock, last = [], 0.0, times[0][0]
-    for moment, _ in times:
-        clock += min(moment - last, 60.0)
-        last = moment
-        at.append(clock / 60)
-    figure, axes = _figure()
-    total, kept, answered = 0, [], []
-    for count, (_, status) in enumerate(times, 1):
-        total += status == "kept"
-        kept.append(total)
-        answered.append(count)
-    axes.plot(at, answered, color=MUTED, linewidth=1.5, label="answered")
-    axes.plot(at, kept, color=GREEN, linewidth=2, label="kept")
-    rate = total / max(at[-1], 1e-9)
-    axes.set_xlabel(f"minutes of answering; {rate:,.0f} kept a minute")
-    axes.set_ylabel("candidates")
-    axes.legend(frameon=False, fontsize=9)
-    return _svg(figure)
-
-
-def _plot_lengths(kept: list[Item]) -> str:
-    if not kept:
-        return ""
-    figure, axes = _figure()
-    inputs, outputs = [len(i.input.split()) for i in kept], [len(i.output.split()) for i in kept]
-    top = max(max(inputs), max(outputs), 2)
-    edges = [1.0]
-    while edges[-1] < top + 1:
-        edges.append(edges[-1] * 1.5)
-    axes.hist(inputs, bins=edges, color=BLUE, alpha=0.55, label="inputs")
-    axes.hist(outputs, bins=edges, color=ORANGE, alpha=0.55, label="answers")
-    axes.set_xscale("log")
-    ticks = [t for t in (1, 3, 10, 30, 100, 300, 1000) if t <= edges[-1]]
-    axes.set_xticks(ticks, [str(t) for t in ticks])
-    axes.minorticks_off()
-    axes.set_xlabel("words")
-    axes.set_ylabel("rows kept")
-    axes.legend(frameon=False, fontsize=9)
-    return _svg(figure)

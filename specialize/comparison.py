@@ -1,0 +1,199 @@
+"""Several runs side by side in one page: what each reached, which settings differ, mean and spread over seeds."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+from .files import write_text
+from .general import perplexity_text
+from .ledger import Ledger
+from .plots import plot_comparison
+from .report import SYSTEM_NAMES, render_page
+
+
+def compare_runs(folders: Sequence[Path], out: Path) -> dict[str, Any]:
+    """Write the page ``out`` on two or more evaluated runs and return what it says as plain values."""
+    found = [_read(folder) for folder in folders]
+    names = _names(folders)
+    if len(set(map(Path.resolve, folders))) < len(folders):
+        raise InputError("report: a run is given twice")
+    runs: list[dict[str, Any]] = [{**run, "name": name} for run, name in zip(found, names, strict=True)]
+    shots = sorted({s for run in runs for system, s in run["means"] if system == "expert"})
+    groups = seed_groups(runs)
+    values: dict[str, Any] = {
+        "title": f"{len(runs)} runs compared",
+        "runs": runs,
+        "shots": shots,
+        "differing": differing_settings(runs),
+        "groups": groups,
+        "warnings": _warnings(runs),
+        "tasks": _tasks(runs, shots),
+        "names": SYSTEM_NAMES,
+        "plots": [plot_comparison(runs, s) for s in shots],
+    }
+    write_text(out, render_page("comparison.html", values))
+    plain = ("name", "folder", "seed", "kept", "trained_tokens", "minutes")
+    return {
+        "report": str(out),
+        "runs": [
+            {key: run[key] for key in plain}
+            | {
+                "means": [
+                    {"system": system, "shots": s} | {k: mean[k] for k in ("value", "low", "high")}
+                    for (system, s), mean in run["means"].items()
+                ]
+            }
+            for run in runs
+        ],
+        "seeds": groups,
+        "differing": values["differing"],
+    }
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """What a run's folder says of its settings, scores and costs."""
+    import yaml
+
+    if not (folder / "ledger.sqlite").is_file():
+        raise InputError(f"{folder} is no run folder (no ledger.sqlite)")
+    if not (folder / "eval.json").is_file():
+        raise InputError(f"{folder} is not evaluated yet; do: specialize eval {folder}")
+    try:
+        found = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        systems = found["systems"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise InputError(
+            f"{folder}: eval.json or recipe.yaml cannot be read ({' '.join(str(error).split())})"
+        ) from None
+    if "expert" not in systems:
+        raise InputError(f"{folder} has no expert yet; do: specialize run --out {folder}")
+    with Ledger(folder / "ledger.sqlite") as ledger:
+        stages = ledger.stages()
+        rounds = max((item.round for item in ledger.items(status="kept")), default=1)
+        kept = ledger.counts(rounds).get("kept", 0)
+    tuned = [stage.info["tokens"] for name, stage in stages.items() if name.startswith("tune") and stage.done]
+    general = {change["system"]: change for change in found.get("general", {}).get("changes", [])}
+    settings = _flat({k: v for k, v in recipe.items() if k not in ("inputs", "name", "description")})
+    settings |= {f"inputs.{name}": Path(str(path)).name for name, path in recipe["inputs"].items()}
+    return {
+        "folder": str(folder),
+        "recipe": recipe["name"],
+        "seed": recipe["seed"],
+        "settings": settings,
+        # What decides whether two runs are one run with other random numbers: names of files are not enough.
+        "identity": {name: str(path) for name, path in recipe["inputs"].items()},
+        "kept": kept,
+        "trained_tokens": tuned[-1] if tuned else 0,
+        "minutes": round(sum(stage.seconds for stage in stages.values()) / 60, 1),
+        "means": {
+            (name, mean["shots"]): mean
+            for name, report in systems.items()
+            if name in ("base", "seeds", "expert")
+            for mean in report["means"]
+            if mean["metric"] == "token_f1"
+        },
+        "entity": {
+            (name, mean["shots"]): mean
+            for name, report in systems.items()
+            for mean in report["means"]
+            if mean["metric"] == "entity_f1"
+        },
+        "gains": {
+            (c["against"], c["shots"]): c["mean"]
+            for c in found["comparisons"]
+            if (c["system"], c["metric"]) == ("expert", "token_f1") and c.get("mean")
+        },
+        "results": {
+            (r["task"], r["shots"]): r for r in systems["expert"]["results"] if r["metric"] == "token_f1"
+        },
+        "general": general.get("expert"),
+        "off_domain": perplexity_text(general["expert"]) if "expert" in general else "–",
+    }  # fmt: skip
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The folders' own names, with as much of what is above them as tells them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(p[-depth:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(folder) for folder in folders]
+
+
+def _flat(settings: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= _flat(value, f"{path}{key}.") if isinstance(value, Mapping) else {f"{path}{key}": value}
+    return found
+
+
+def differing_settings(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The settings that are not the same in all runs, with each run's value ("–" where a run knows none)."""
+    keys = list(dict.fromkeys(key for run in runs for key in run["settings"]))
+    rows = [{"setting": key, "values": [run["settings"].get(key, "–") for run in runs]} for key in keys]
+    return [row for row in rows if any(value != row["values"][0] for value in row["values"])]
+
+
+def seed_groups(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Runs that differ in their random seed alone, two or more together: mean and spread of what they reached.
+
+    ``spread`` is the standard deviation of the runs, n - 1 in its denominator.
+    """
+    by_settings: dict[str, list[Mapping[str, Any]]] = {}
+    for run in runs:
+        settings = {k: v for k, v in run["settings"].items() if k != "seed"} | run["identity"]
+        by_settings.setdefault(json.dumps(settings, sort_keys=True, default=str), []).append(run)
+    groups = []
+    for members in by_settings.values():
+        if len({run["seed"] for run in members}) < 2:
+            continue
+        rows = []
+        for metric, key in (("token_f1", "means"), ("entity_f1", "entity")):
+            for system, shots in members[0][key]:
+                values = [run[key][system, shots]["value"] for run in members if (system, shots) in run[key]]
+                if len(values) == len(members):
+                    name = SYSTEM_NAMES.get(system, system)
+                    rows.append({"what": name, "shots": shots, "metric": metric} | _of(values))
+        for against, shots in members[0]["gains"]:
+            values = [run["gains"][against, shots]["value"] for run in members if (against, shots) in run["gains"]]
+            if len(values) == len(members):
+                name = f"expert − {SYSTEM_NAMES.get(against, against)}"
+                rows.append({"what": name, "shots": shots, "metric": "token_f1"} | _of(values))
+        groups.append(
+            {"runs": [run["name"] for run in members], "random_seeds": [run["seed"] for run in members], "rows": rows}
+        )
+    return groups
+
+
+def _of(values: Sequence[float]) -> dict[str, Any]:
+    mean = math.fsum(values) / len(values)
+    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    found = {"mean": mean, "spread": spread, "low": min(values), "high": max(values)}
+    return {key: round(value, 2) for key, value in found.items()} | {"values": list(values)}
+
+
+def _tasks(runs: Sequence[Mapping[str, Any]], shots: Sequence[int]) -> list[dict[str, Any]]:
+    """The experts' token F1 by task, a cell a run."""
+    keys = [(task, s) for s in shots for task in dict.fromkeys(t for run in runs for t, n in run["results"] if n == s)]
+    return [{"task": task, "shots": s, "cells": [run["results"].get((task, s)) for run in runs]} for task, s in keys]
+
+
+def _warnings(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Why numbers of some of the runs should not be put side by side."""
+    found = []
+    if len({frozenset((key, r["n"]) for key, r in run["results"].items()) for run in runs}) > 1:
+        found.append(
+            "The runs were not evaluated on the same tasks and numbers of examples, so their means differ anyway."
+        )
+    if len({run["identity"]["tasks"] for run in runs}) > 1:
+        found.append("The runs' task files lie in different folders; whether they are the same was not looked at.")
+    if len({run["settings"].get("inputs.model") for run in runs}) > 1:
+        found.append("The runs have different base models: compare gains rather than scores.")
+    return found

@@ -1,0 +1,196 @@
+"""Reports: whole HTML without anything from outside, saying what eval.json says; comparisons with mean and spread."""
+
+import json
+import re
+import shutil
+import statistics
+from html.parser import HTMLParser
+
+import pytest
+
+from specialize import cli
+from specialize.comparison import compare_runs, seed_groups
+from specialize.evaluate import telling_examples
+from specialize.pipeline import Run
+from specialize.progress import Reporter
+from specialize.recipe import override, read_recipe
+from specialize.report import write_report
+
+VOID = {"meta", "br", "hr", "img", "input", "link", "col", "path", "use", "rect", "circle", "line", "polyline"}
+
+
+class Structure(HTMLParser):
+    """Checks that elements close in order, and gathers ids, links and text."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.ids, self.links, self.outside, self.text = [], [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            if name == "id" and "svg" not in self.open:
+                self.ids.append(value)
+            if name in ("href", "src") and "svg" not in self.open:
+                (self.links if value.startswith("#") else self.outside).append(value)
+
+    def handle_startendtag(self, tag, attrs):
+        if tag not in VOID:
+            self.handle_starttag(tag, attrs)
+            self.handle_endtag(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open and self.open.pop() == tag, f"</{tag}> at {self.getpos()}"
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def parsed(path):
+    page = path.read_text(encoding="utf-8")
+    found = Structure()
+    found.feed(page)
+    found.close()
+    assert found.open == []
+    assert found.outside == [] and set(found.links) <= {f"#{i}" for i in found.ids}
+    assert len(set(found.ids)) == len(found.ids)
+    assert "<script" not in page and "url(http" not in page and "@import" not in page
+    assert '<meta name="viewport"' in page
+    return " ".join(" ".join(found.text).split())
+
+
+@pytest.fixture(scope="module")
+def seeds(tiny, tmp_path_factory):
+    """Three runs that differ in their random seed, and one in its rank."""
+    folder = tmp_path_factory.mktemp("seeds")
+    recipe = read_recipe(tiny.recipe)[0]
+    changes = {"s0": ["seed=0"], "s1": ["seed=1"], "s2": ["seed=2"], "rank": ["tune.rank=4"]}
+    for name, settings in changes.items():
+        settings = [*settings, "evaluate.shots=[0, 1]", "evaluate.base_shots=[2]"]
+        Run(folder / name, override(recipe, settings), tiny.inputs, reporter=Reporter(mute=True)).execute()
+    return folder
+
+
+def test_the_report_reads_like_a_paper(seeds):
+    text = parsed(seeds / "s0" / "report.html")
+    found = json.loads((seeds / "s0" / "eval.json").read_text())
+    order = ["Result", "Question and setting", "Scores by task", "Controls", "How the training rows", "Cost and speed"]
+    places = [text.index(name, text.index("Mean 0-shot")) if name != "Result" else text.index(name) for name in order]
+    assert places == sorted(places)
+    mean = next(m for m in found["systems"]["expert"]["means"] if (m["shots"], m["metric"]) == (0, "token_f1"))
+    assert f"{mean['value']:.1f}" in text
+    base = next(m for m in found["systems"]["base"]["means"] if (m["shots"], m["metric"]) == (2, "token_f1"))
+    assert f"The base with 2 examples in its prompt reaches {base['value']:.1f}" in text
+    assert "from 8 seed tasks" in text and "awake (6 examples, the first 4 used)" in text
+    against = next(
+        c for c in found["comparisons"] if (c["against"], c["metric"], c["shots"]) == ("seeds", "token_f1", 0)
+    )
+    assert f"the expert differs by {against['mean']['value']:+.1f} points" in text
+    assert "Rounds" not in text
+
+
+def test_examples_show_gains_and_losses(seeds, tiny):
+    recipe = read_recipe(seeds / "s0" / "recipe.yaml")[0]
+    run = Run(seeds / "s0", recipe, tiny.inputs, reporter=Reporter(mute=True))
+    found = run.execute(until="evaluate")["examples"]
+    expert, base = run.reports["expert"], run.reports["base"]
+    assert found == telling_examples(expert, base, run.tasks, 0)
+    after, before = (r.of(0)[0].rows["token_f1"][:, 0] for r in (expert, base))
+    for example in found:
+        i = example["example"]
+        assert example["token_f1"] == [round(100 * before[i], 2), round(100 * after[i], 2)]
+        assert example["after"] == expert.of(0)[0].replies[i]
+        assert example["input"] == run.tasks[0].examples[i].input
+        assert (after[i] > before[i]) if example["verdict"] == "good" else after[i] < 1
+    assert len({e["example"] for e in found}) == len(found)
+    assert [e for e in found if e["verdict"] == "bad"]
+
+
+def test_hostile_text_stays_text(seeds, tmp_path):
+    shutil.copytree(seeds / "s0", tmp_path / "run")
+    path = tmp_path / "run" / "eval.json"
+    found = json.loads(path.read_text())
+    for example in found["examples"]:
+        example["after"] = "</div><script>alert(1)</script>{{ 7 * 7 }}"
+    path.write_text(json.dumps(found))
+    page = write_report(tmp_path / "run").read_text()
+    assert "&lt;script&gt;alert(1)" in page and "{{ 7 * 7 }}" in page
+    parsed(tmp_path / "run" / "report.html")
+
+
+def test_runs_of_several_seeds_are_taken_together(seeds, tmp_path):
+    folders = [seeds / name for name in ("s0", "s1", "s2", "rank")]
+    found = compare_runs(folders, tmp_path / "page.html")
+    assert [group["runs"] for group in found["seeds"]] == [["s0", "s1", "s2"]]
+    evals = [json.loads((folder / "eval.json").read_text()) for folder in folders[:3]]
+    for system in ("base", "seeds", "expert"):
+        for metric in ("token_f1", "entity_f1"):
+            values = [
+                next(m["value"] for m in e["systems"][system]["means"] if (m["shots"], m["metric"]) == (1, metric))
+                for e in evals
+            ]
+            name = "seeds alone" if system == "seeds" else system
+            row = next(
+                r for r in found["seeds"][0]["rows"] if (r["what"], r["shots"], r["metric"]) == (name, 1, metric)
+            )
+            assert row["values"] == values
+            assert row["mean"] == pytest.approx(statistics.fmean(values), abs=0.006)
+            assert row["spread"] == pytest.approx(statistics.stdev(values), abs=0.006)
+    assert found["differing"] == [
+        {"setting": "seed", "values": [0, 1, 2, 0]},
+        {"setting": "tune.rank", "values": [8, 8, 8, 4]},
+    ]
+    text = parsed(tmp_path / "page.html")
+    assert "Over 3 random seeds" in text and "tune.rank" in text and "Take care" not in text
+
+
+def test_groups_need_the_same_inputs():
+    def run(seed, tasks):
+        return {
+            "name": f"{seed}", "seed": seed, "settings": {"seed": seed}, "identity": {"tasks": tasks}, "gains": {},
+            "means": {("expert", 0): {"value": float(seed)}}, "entity": {},
+        }  # fmt: skip
+
+    assert seed_groups([run(0, "a"), run(1, "b")]) == []
+    assert seed_groups([run(0, "a"), run(0, "a")]) == []
+    [group] = seed_groups([run(2, "a"), run(4, "a"), run(1, "b")])
+    assert group["rows"][0] | {"values": 0} == {
+        "what": "expert", "shots": 0, "metric": "token_f1", "mean": 3.0, "spread": 1.41, "low": 2.0, "high": 4.0,
+        "values": 0,
+    }  # fmt: skip
+
+
+def test_by_command(seeds, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["report", str(seeds / "s0"), str(seeds / "s1"), "--out", str(page)])
+    out = capsys.readouterr().out
+    assert re.search(r"expert, 0-shot token_f1 over 2 random seeds: \d+\.\d ± ", out) and str(page) in out
+
+
+@pytest.mark.parametrize(
+    ("runs", "says"),
+    [
+        (["s0", "nowhere"], "is no run folder"),
+        (["s0", "s0"], "given twice"),
+        (["s0", "begun"], "is not evaluated yet; do: specialize eval"),
+        (["s0", "damaged"], "cannot be read"),
+        (["s0", "--out", "x.html"], "--out belongs to several"),
+    ],
+)
+def test_wrong_use_is_one_line(seeds, tmp_path, capsys, runs, says):
+    for name in ("begun", "damaged"):
+        shutil.copytree(seeds / "s1", tmp_path / name)
+    (tmp_path / "begun" / "eval.json").unlink()
+    (tmp_path / "damaged" / "eval.json").write_text('{"systems": 3')
+    (tmp_path / "s0").symlink_to(seeds / "s0")
+    arguments = [str(tmp_path / r) if r != "--out" else r for r in runs]
+    if "--out" not in runs:
+        arguments += ["--out", str(tmp_path / "page.html")]
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["report", *arguments])
+    err = capsys.readouterr().err
+    assert says in err and err.count("\n") == 1
+    assert not (tmp_path / "page.html").exists()
