@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from array import array
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -36,7 +37,7 @@ class BM25:
     @classmethod
     def build(cls, texts: Iterable[str]) -> BM25:
         vocabulary: dict[str, int] = {}
-        ids = [[vocabulary.setdefault(word, len(vocabulary)) for word in words(text)] for text in texts]
+        ids = [array("i", [vocabulary.setdefault(w, len(vocabulary)) for w in words(text)]) for text in texts]
         if not vocabulary:
             raise InputError("BM25 needs at least one passage with a word in it")
         scorer = bm25s.BM25(k1=K1, b=B, method="lucene")

@@ -15,7 +15,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -27,8 +28,10 @@ from specialize.errors import InputError, parse_json
 
 from .bm25 import BM25
 from .corpus import DEFAULT_MAX_WORDS, DEFAULT_OVERLAP_WORDS, Document, Passage, chunk, read_corpus
+from .exact import exact_search, normalised, recall_of
 from .graph_file import check_graph
 from .hybrid import reciprocal_rank_fusion
+from .plan import LINE_BYTES_A_WORD, plan_index
 
 FORMAT = 1
 SHARD = 512  # passages per embedding file: what a killed build can lose
@@ -112,13 +115,15 @@ class Index:
         M: int = 16,
         ef_construction: int = 200,
         num_threads: int = 1,
+        available_bytes: int | None = None,
         progress: Progress | None = None,
     ) -> Index:
         """Builds the index in folder ``out``, or finishes or extends the one that is there.
 
         Documents already indexed are not embedded again, new ones are added; one whose text changed is an InputError.
         Without an embedder only BM25 is built. With ``num_threads=1`` equal input gives an equal graph; more threads
-        build faster, and the order in which hnswlib inserts is then no longer fixed.
+        build faster, and the order in which hnswlib inserts is then no longer fixed. Where the passages, once read and
+        counted, need more than ``available_bytes`` of memory (`plan.plan_index`), that is an InputError.
         """
         if space not in SPACES:
             raise InputError(f"space {space!r}: allowed are {', '.join(SPACES)}")
@@ -142,14 +147,16 @@ class Index:
             return cls.load(out, embedder)
         _remove(out / "manifest.json")  # from here on the folder is unfinished until the manifest is back
         store = _Passages(out / "passages.jsonl")
+        if available_bytes is not None:
+            words = (out / "passages.jsonl").stat().st_size / LINE_BYTES_A_WORD / len(store)
+            plan_index(len(store), embedder.dim if embedder else 0, words_a_passage=words, M=M).require(available_bytes)
         bm25 = _build_bm25(out, store, report)
         graph, dim, ef, recall = None, 0, 0, None
         if embedder is not None:
             dim = embedder.dim
             _embed_missing(out, store, embedder, report)
-            matrix = _load_matrix(out, len(store), dim)
-            graph = _build_graph(out, matrix, space, M, ef_construction, num_threads, report)
-            ef, recall = _tune_ef(graph, matrix, store, embedder, space)
+            graph = _build_graph(out, len(store), dim, space, M, ef_construction, num_threads, report)
+            ef, recall = _tune_ef(out, graph, store, embedder, space)
             report("graph", len(store), len(store))
         manifest = Manifest(
             dim=dim,
@@ -245,14 +252,17 @@ class Index:
         """As :meth:`dense`, by comparing with every embedding."""
         if self._matrix is None:
             matrix = _load_matrix(self.folder, len(self), self.manifest.dim)
-            self._matrix = _normalised(matrix) if self.manifest.space == "cosine" else matrix
-        return exact_search(self._matrix, _normalised(vectors) if self.manifest.space == "cosine" else vectors, k)
+            if self.manifest.space == "cosine":
+                for start in range(0, len(matrix), SHARD):  # in place: a second matrix may have no room
+                    matrix[start : start + SHARD] = normalised(matrix[start : start + SHARD])
+            self._matrix = matrix
+        return exact_search(self._matrix, normalised(vectors) if self.manifest.space == "cosine" else vectors, k)
 
     def recall(self, k: int = 10, num_queries: int = 200) -> float:
         """Share of the true ``k`` nearest passages that the graph finds, over short pieces of evenly spread
         passages as queries."""
         vectors = self._embed_queries(_sample_queries(self._store, num_queries), "dense")
-        return _recall(self.dense(vectors, k)[0], self.exact(vectors, k)[0])
+        return recall_of(self.dense(vectors, k)[0], self.exact(vectors, k)[0])
 
     def passage(self, number: int) -> Passage:
         return self._store[number]
@@ -269,32 +279,6 @@ class Index:
         return [Hit(self._store[int(n)], float(s), rank) for rank, (n, s) in enumerate(found, start=1)]
 
 
-def exact_search(matrix: np.ndarray, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Best ``k`` rows of ``matrix`` by inner product for each vector, best first, ties by row number. Numbers i64 and
-    scores f32."""
-    k = min(k, len(matrix))
-    numbers = np.empty((len(vectors), k), np.int64)
-    scores = np.empty((len(vectors), k), np.float32)
-    for start in range(0, len(vectors), 256):
-        block = vectors[start : start + 256] @ matrix.T
-        top = np.argpartition(-block, k - 1, axis=1)[:, :k]
-        top.sort(axis=1)
-        order = np.argsort(-np.take_along_axis(block, top, 1), axis=1, kind="stable")
-        numbers[start : start + 256] = np.take_along_axis(top, order, 1)
-        scores[start : start + 256] = np.take_along_axis(block, numbers[start : start + 256], 1)
-    return numbers, scores
-
-
-def _normalised(rows: np.ndarray) -> np.ndarray:
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows if np.allclose(norms, 1.0, atol=1e-6) else rows / np.maximum(norms, 1e-12)
-
-
-def _recall(found: np.ndarray, truth: np.ndarray) -> float:
-    hits = sum(len(np.intersect1d(row, true)) for row, true in zip(found, truth, strict=True))
-    return hits / max(truth.size, 1)
-
-
 # --- passages on disk ------------------------------------------------------------------------------------------------
 
 
@@ -303,11 +287,11 @@ class _Passages:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        offsets = [0]
+        offsets = array("q", [0])  # 8 bytes a passage, where a list of numbers takes 40
         with path.open("rb") as lines:
             for line in lines:
                 offsets.append(offsets[-1] + len(line))
-        self._offsets = np.array(offsets, np.int64)
+        self._offsets = np.frombuffer(offsets, np.int64)
         self._file = path.open("rb")
 
     def __len__(self) -> int:
@@ -437,10 +421,9 @@ def _check_settings(out: Path, settings: dict[str, Any]) -> None:
 
 def _build_bm25(out: Path, store: _Passages, report: Progress) -> BM25:
     report("words", 0, len(store))
-    bm25 = BM25.build(passage.searchable for passage in store)
-    bm25.save(out / "bm25")
+    BM25.build(passage.searchable for passage in store).save(out / "bm25")
     report("words", len(store), len(store))
-    return bm25
+    return BM25.load(out / "bm25", len(store))  # mapped: what was built takes memory that the graph needs
 
 
 def _embed_missing(out: Path, store: _Passages, embedder: Embedder, report: Progress) -> None:
@@ -484,28 +467,32 @@ def _shard(path: Path, dim: int) -> np.ndarray | None:
 def _load_matrix(folder: Path, count: int, dim: int) -> np.ndarray:
     """All embeddings, f32[count, dim]."""
     matrix = np.empty((count, dim), np.float32)
+    for start, rows in _shards(folder, count, dim):
+        matrix[start : start + len(rows)] = rows
+    return matrix
+
+
+def _shards(folder: Path, count: int, dim: int) -> Iterator[tuple[int, np.ndarray]]:
+    """(number of its first passage, rows) of each embedding file; one at a time is in memory."""
     for start in range(0, count, SHARD):
         stop = min(start + SHARD, count)
         rows = _shard(folder / "embeddings" / f"{start // SHARD:06d}.npy", dim)
         if rows is None or len(rows) != stop - start:
             raise InputError(f"{folder}/embeddings lacks the passages {start} to {stop - 1}; run the build again")
-        matrix[start:stop] = rows
-    return matrix
+        yield start, rows
 
 
 def _build_graph(
-    out: Path, matrix: np.ndarray, space: Space, M: int, ef_construction: int, num_threads: int, report: Progress
+    out: Path, count: int, dim: int, space: Space, M: int, ef_construction: int, num_threads: int, report: Progress
 ) -> Any:
     """The hnswlib graph over all rows, written atomically. Made anew when an index grows: seconds, against minutes of
     embedding, and the graph is then the one that a build in one go gives."""
-    count, dim = matrix.shape
     path = out / "hnsw.bin"
     graph = hnswlib.Index(space=space, dim=dim)
     graph.init_index(max_elements=count, M=M, ef_construction=ef_construction, random_seed=HNSW_SEED)
-    for start in range(0, count, 2048):
-        stop = min(start + 2048, count)
-        graph.add_items(matrix[start:stop], np.arange(start, stop), num_threads=num_threads)
-        report("graph", stop, count)
+    for start, rows in _shards(out, count, dim):
+        graph.add_items(rows, np.arange(start, start + len(rows)), num_threads=num_threads)
+        report("graph", start + len(rows), count)
     partial = path.with_suffix(".part")
     graph.save_index(str(partial))
     if partial.stat().st_size != graph.index_file_size():  # hnswlib says nothing when the disk is full
@@ -514,17 +501,18 @@ def _build_graph(
     return graph
 
 
-def _tune_ef(graph: Any, matrix: np.ndarray, store: _Passages, embedder: Embedder, space: str) -> tuple[int, float]:
+def _tune_ef(out: Path, graph: Any, store: _Passages, embedder: Embedder, space: str) -> tuple[int, float]:
     """The smallest power-of-two ``ef`` whose recall@10 over sampled queries reaches the goal, and that recall."""
-    k = min(10, len(matrix))
+    k = min(10, len(store))
     vectors = np.ascontiguousarray(embedder.embed(_sample_queries(store, 200)), np.float32)
-    if space == "cosine":
-        matrix, vectors = _normalised(matrix), _normalised(vectors)
-    truth, _ = exact_search(matrix, vectors, k)
+    ready = normalised if space == "cosine" else np.asarray
+    vectors = ready(vectors)
+    blocks = (ready(rows) for _, rows in _shards(out, len(store), embedder.dim))
+    truth, _ = exact_search(blocks, vectors, k)
     ef = 32
     while True:
         graph.set_ef(max(ef, k))
-        recall = _recall(graph.knn_query(vectors, k=k, num_threads=1)[0].astype(np.int64), truth)
+        recall = recall_of(graph.knn_query(vectors, k=k, num_threads=1)[0].astype(np.int64), truth)
         if recall >= RECALL_GOAL or ef >= MAX_EF:
             return ef, round(recall, 4)
         ef *= 2
@@ -557,7 +545,7 @@ def _load_graph(folder: Path, manifest: Manifest) -> Any:
     if graph.element_count != manifest.count or first is None:
         raise InputError(f"{path} holds {graph.element_count} vectors, not {manifest.count}; build the index again")
     stored = np.asarray(graph.get_items([0]), np.float32)
-    expected = _normalised(first[:1]) if manifest.space == "cosine" else first[:1]
+    expected = normalised(first[:1]) if manifest.space == "cosine" else first[:1]
     if stored.shape != expected.shape or not np.allclose(stored, expected, atol=1e-5):
         raise InputError(f"{path} does not belong to the embeddings beside it; build the index again")
     graph.set_ef(manifest.ef)

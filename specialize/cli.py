@@ -75,12 +75,24 @@ def common(function: Callable[..., Any]) -> Callable[..., Any]:
     )
     @click.option("--quiet", is_flag=True, help="Plain lines instead of progress bars.")
     @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+    @click.option("--offline", is_flag=True, help="Fetch nothing; SPECIALIZE_OFFLINE=1 does the same.")
     @click.option("--debug", is_flag=True, help="Show the traceback of an unexpected error.")
     @functools.wraps(function)
     def wrapped(
-        *args: Any, dtype: str, device: str, threads: int | None, quiet: bool, as_json: bool, debug: bool, **kwargs: Any
+        *args: Any,
+        dtype: str,
+        device: str,
+        threads: int | None,
+        quiet: bool,
+        as_json: bool,
+        offline: bool,
+        debug: bool,
+        **kwargs: Any,
     ) -> Any:
-        return function(*args, common=Common(dtype, device, threads, quiet, as_json), **kwargs)
+        from .fetch import offline as without_network
+
+        with without_network(offline):
+            return function(*args, common=Common(dtype, device, threads, quiet, as_json), **kwargs)
 
     return wrapped
 
@@ -94,7 +106,9 @@ class Commands(click.Group):
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="specialize")
-def cli() -> None:
+@click.option("--offline", is_flag=True, help="No command fetches anything; SPECIALIZE_OFFLINE=1 does the same.")
+@click.pass_context
+def cli(context: click.Context, offline: bool) -> None:
     """Turn a general language model into a domain expert: about eighty seed tasks and unlabelled text in, a tuned
     adapter and an honest before/after table out.
 
@@ -108,6 +122,9 @@ def cli() -> None:
     A MODEL is a Hugging Face folder, a .gguf file, or a name that `specialize fetch` knows.
     Exit codes: 0 done, 1 failure, 2 wrong usage or input, 130 interrupted, 143 terminated (the same command resumes).
     """
+    from .fetch import offline as without_network
+
+    context.with_resource(without_network(offline))
 
 
 model_option = click.option("--model", required=True, help="Model folder, .gguf file or fetch name.")
@@ -151,11 +168,20 @@ def _spread(common: Common, workers: int | None, ray: str | None) -> Any:
     """What --workers and --ray ask for, or None; checked before any work."""
     if workers is None and ray is None:
         return None
+    if ray is not None:
+        from .fetch import require_network
+
+        require_network(f"the Ray cluster {ray}")
     from .workers import Spread, require_ray
 
     require_ray()
     return Spread(workers=workers, address=ray, threads=common.threads)
 
+
+log_option = click.option(
+    "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True,
+    help="What run.log in the run folder gets.",
+)  # fmt: skip
 
 # runs
 
@@ -201,6 +227,7 @@ def init(common: Common, domain: str, out: Path | None) -> None:
 @click.option("--until", default="report", help="Stop after this stage (index, teacher, filter, tune, evaluate, …).")
 @click.option("--redo", is_flag=True, help="Redo the stages that changed settings invalidate.")
 @worker_options
+@log_option
 @common
 def run(common: Common, **options: Any) -> None:
     """Do the whole job, or resume it: index, synthesis, filter, tuning, evaluation, report.
@@ -255,7 +282,7 @@ def _open_run(
             raise InputError(f"--{name} is missing, and {out} is no run that remembers it")
     return Run(
         out, chosen, inputs, reporter=common.prepare().reporter, device=common.device,
-        memory_bytes=options.get("memory_bytes"), spread=spread,
+        memory_bytes=options.get("memory_bytes"), spread=spread, log_level=options.get("log_level", "info"),
     )  # fmt: skip
 
 
@@ -410,15 +437,20 @@ def convert(common: Common, source: str, target: Path, quantize: str | None) -> 
 @click.option(
     "--overlap-words", type=click.IntRange(0), default=20, show_default=True, help="Words that neighbours share."
 )
+@memory_option
 @common
-def index(common: Common, corpus: str, out: Path, embedder: str, max_words: int, overlap_words: int) -> None:
+def index(
+    common: Common, corpus: str, out: Path, embedder: str, max_words: int, overlap_words: int, memory_bytes: int | None
+) -> None:
     """Build a passage index of a CORPUS; run again, it resumes, or takes in what was added.
 
     \b
-    Example:
+    Examples:
       specialize index corpus.jsonl --out idx
+      specialize doctor --passages 1000000           what a build takes of memory and disk
     """
     from .pipeline import load_embedder
+    from .plans import index_memory
     from .retrieval.index import Index
 
     common.prepare()
@@ -429,7 +461,15 @@ def index(common: Common, corpus: str, out: Path, embedder: str, max_words: int,
             bar.unit = stage
             bar.set(done, total=total)
 
-        built = Index.build(corpus, out, encoder, max_words=max_words, overlap_words=overlap_words, progress=show)
+        built = Index.build(
+            corpus,
+            out,
+            encoder,
+            max_words=max_words,
+            overlap_words=overlap_words,
+            available_bytes=index_memory(memory_bytes),
+            progress=show,
+        )
     found: dict[str, Any] = {"index": str(out), "passages": len(built)}
     if encoder is not None:
         found["recall_at_10"] = round(built.manifest.recall_at_10 or 0.0, 4)
@@ -483,6 +523,7 @@ def _stage_command(name: str, until: str, what: str) -> None:
     @click.option("--redo", is_flag=True, help="Redo the stages that changed settings invalidate.")
     @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a recipe setting.")
     @worker_options
+    @log_option
     @common
     def command(common: Common, run: Path, redo: bool, **options: Any) -> None:
         _run_stage(common, run, until, redo, **options)
@@ -623,6 +664,7 @@ def _number_list(option: str, text: str) -> tuple[int, ...]:
 @click.option(
     "--dry-run", is_flag=True, help="Print where memory would go and how fast it would be; --data is optional."
 )
+@log_option
 @common
 def tune(common: Common, run: Path | None, redo: bool, settings: tuple[str, ...], **o: Any) -> None:
     """Tune the adapter of a RUN, or, with --data, any model on your own rows.
@@ -642,7 +684,8 @@ def tune(common: Common, run: Path | None, redo: bool, settings: tuple[str, ...]
             raise InputError("tune: --dry-run goes with --model, not with a RUN folder")
         if o["shard"] or int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise InputError("tune: torchrun and --shard go with --model and --data, not with a RUN folder")
-        _run_stage(common, run, "tune", redo, settings=settings, memory_bytes=_parse_memory(None, None, o["memory"]))
+        options = {"memory_bytes": _parse_memory(None, None, o["memory"]), "log_level": o["log_level"]}
+        _run_stage(common, run, "tune", redo, settings=settings, **options)
         return
     for name in ("model",) if o["dry_run"] else ("model", "data", "out"):
         if not o[name]:
@@ -754,6 +797,7 @@ def merge(common: Common, model: str, adapter: Path, out: Path) -> None:
 @click.option("--redo", is_flag=True, help="Of a RUN: redo the stages that changed settings invalidate.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Of a RUN: change a recipe setting.")
 @worker_options
+@log_option
 @common
 def evaluate(common: Common, run: Path | None, redo: bool, settings: tuple[str, ...], **o: Any) -> None:
     """Score a RUN's systems, or any model with or without an adapter.
@@ -771,7 +815,7 @@ def evaluate(common: Common, run: Path | None, redo: bool, settings: tuple[str, 
                 f"eval: --kv-dtype {o['kv_dtype']} goes with --model; of a RUN: specialize run --out {run} "
                 f"--kv-dtype {o['kv_dtype']} --redo"
             )
-        options = {name: o[name] for name in ("workers", "ray", "memory_bytes")}
+        options = {name: o[name] for name in ("workers", "ray", "memory_bytes", "log_level")}
         _run_stage(common, run, "evaluate", redo, settings=settings, **options)
         return
     for name in ("model", "tasks"):
@@ -1071,10 +1115,13 @@ def chat(common: Common, model: str, adapter: str | None, **o: Any) -> None:
 
 
 @cli.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
-@click.argument("what", type=click.Choice(["kernels", "generate", "train", "retrieval", "peers", "quality", "soak"]))
+@click.argument(
+    "what", type=click.Choice(["kernels", "generate", "train", "retrieval", "peers", "quality", "soak", "passages"])
+)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def bench(what: str, arguments: tuple[str, ...]) -> None:
-    """Measure kernels, generate, train, retrieval, peers, the quality of quantised weights, or endurance (soak).
+    """Measure kernels, generate, train, retrieval, peers, the quality of quantised weights, endurance (soak), or
+    the memory of an index (passages).
     `specialize bench WHAT --help` lists the options.
 
     \b
@@ -1115,17 +1162,34 @@ def profile(what: str, arguments: tuple[str, ...]) -> None:
 @click.option("--kv-dtype", metavar="FORMAT", help="KV cache in bf16, fp16, fp32, int8 or fp8.  [default: the dtype]")
 @click.option("--memory", metavar="SIZE", help="Plan for a GPU of 24GB, h100-80gb, …; with --device cpu a cap.")
 @click.option("--context", type=click.IntRange(1), default=1000, show_default=True, help="Tokens of a sequence.")
+@click.option("--passages", type=click.IntRange(1), help="What an index of so many passages takes of memory and disk.")
+@click.option("--dim", type=click.IntRange(0), default=384, show_default=True, help="Of --passages; 0: words only.")
 @common
-def doctor(common: Common, model: str | None, context: int, **o: Any) -> None:
-    """Say what this machine has, what will be used, and what is missing; with --model, where memory would go.
+def doctor(common: Common, model: str | None, context: int, passages: int | None, dim: int, **o: Any) -> None:
+    """Say what this machine has, what will be used, and what is missing; with --model or --passages, where memory
+    would go.
 
     \b
     Examples:
       specialize doctor
       specialize doctor --model mpt-30b --quantize int8 --kv-dtype int8 --memory h100-80gb
+      specialize doctor --passages 1000000
     """
     from .doctor import examine, format_findings
-    from .plans import format_plan, plan_model
+    from .plans import format_index, format_plan, index_memory, plan_model
+
+    if passages is not None:
+        from .engine.memory import capacity_bytes
+        from .retrieval.plan import plan_index
+
+        for name, value in {"model": model, "quantize": o["quantize"], "kv_dtype": o["kv_dtype"]}.items():
+            if value is not None:
+                raise InputError(f"doctor: give --passages or --{name.replace('_', '-')}, not both")
+        found = plan_index(passages, dim)
+        available = index_memory(None if o["memory"] is None else capacity_bytes(o["memory"]))
+        result = found.as_dict() | {"available_bytes": available, "fits": found.peak_bytes <= available}
+        common.show(result, lambda: format_index(found, available))
+        return
 
     if model is None:
         for name, value in o.items():

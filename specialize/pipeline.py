@@ -27,6 +27,7 @@ from .export import model_card
 from .files import survey, sweep, write_text
 from .kinds import kinds_of
 from .ledger import Item, Ledger, run_lock
+from .log import LOGGER, run_log
 from .metrics import rouge_words
 from .progress import Reporter
 from .recipe import INPUTS, YOUNGER, Recipe, Tune, write_recipe
@@ -56,15 +57,18 @@ class Run:
         memory_bytes: int | None = None,
         spread: Spread | None = None,
         donors: Sequence[Path] = (),
+        log_level: str = "info",
     ):
         """With ``spread`` prompts are answered by workers; training stays in this process. What the run folders
-        ``donors`` hold of the same fingerprint is taken over instead of made again."""
+        ``donors`` hold of the same fingerprint is taken over instead of made again. ``run.log`` gets what is of
+        ``log_level`` or above."""
         self.folder = folder
         self.recipe = recipe
         self.inputs = dict(inputs)
         self.reporter = reporter or Reporter()
         self.device = device
         self.memory_bytes = memory_bytes
+        self.log_level = log_level
         self.seeds = read_seeds(inputs["seeds"])
         self.tasks = read_tasks(inputs["tasks"])
         self.kinds = kinds_of(self.seeds)
@@ -192,7 +196,11 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"--out {self.folder}: {error.strerror}") from None
-        with run_lock(self.folder), sealed_ledger(self.folder / "ledger.sqlite") as ledger:
+        with (
+            run_lock(self.folder),
+            run_log(self.folder, self.log_level),
+            sealed_ledger(self.folder / "ledger.sqlite") as ledger,
+        ):
             sweep(self.folder)
             stale, changes = self.invalidated(ledger)
             if stale and not redo:
@@ -251,6 +259,7 @@ class Run:
         if found is not None and found.done:
             return
         self.ledger.begin_stage(name, self.fingerprints()[name], self.settings_of()[name])
+        LOGGER.info("stage %s %s", name, "begins" if found is None else "goes on")
         started = time.monotonic()
         try:
             info = self._taken_over(name) if _split(name)[0] != "control" else None
@@ -259,6 +268,7 @@ class Run:
         finally:
             self.ledger.add_seconds(name, time.monotonic() - started)
         self.ledger.end_stage(name, info, survey(self.folder, [self._stage_folder(name)]))
+        LOGGER.info("stage %s is done, %.1f s", name, time.monotonic() - started)
 
     def _taken_over(self, name: str, **accept: Any) -> dict[str, Any] | None:
         """What a donor noted of the same stage, its files brought here; None where there is none."""
@@ -382,6 +392,7 @@ class Run:
     # stages
 
     def _do_index(self, _: int) -> dict[str, Any]:
+        from .plans import index_memory
         from .retrieval.index import Index
 
         settings = self.recipe.retrieval
@@ -397,6 +408,7 @@ class Run:
                 self.embedder(),
                 max_words=settings.chunk_words,
                 overlap_words=settings.overlap_words,
+                available_bytes=index_memory(self.memory_bytes),
                 progress=show,
             )
         try:

@@ -165,3 +165,21 @@ def format_plan(plan: Any, num_tokens: int) -> str:
         return f"{head}\n\n{table}\n\ndoes not fit: the parts above leave no room for the KV cache"
     more = f" ({plan.max_sequences} run at once)" if count > plan.max_sequences else ""
     return f"{head}\n\n{table}\n\nroom for {count:,} sequences of {num_tokens:,} tokens{more}"
+
+
+def index_memory(cap: int | None) -> int:
+    """What an index build may still take: of what there is, and of a cap on all that this process takes."""
+    from .engine.memory import available_memory_bytes, process_bytes
+
+    available = available_memory_bytes("cpu")
+    return available if cap is None else min(available, cap - process_bytes("cpu"))
+
+
+def format_index(plan: Any, available: int) -> str:
+    """The plan of an index build as an aligned table, and what it comes to."""
+    fits = "fits" if plan.peak_bytes <= available else "does not fit"
+    return (
+        f"an index of {plan.num_passages:,} passages, stage after stage\n\n{_table(plan.rows())}\n\n"
+        f"{fits}: {plan.peak_bytes / 1e9:.2f} GB at most beside the embedder, {max(available, 0) / 1e9:.2f} GB can be "
+        f"had; {plan.disk_bytes / 1e9:.2f} GB of disk"
+    )

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from .log import LOGGER
+
 
 class Bar:
     """One piece of work. ``advance`` and ``set`` are cheap; what they show is up to the reporter."""
@@ -79,6 +81,7 @@ class Reporter:
     def say(self, text: str) -> None:
         if self.mute:
             return
+        LOGGER.info(text)
         if self._progress is not None:
             self._progress.console.print(text, highlight=False, markup=False)
         else:
@@ -87,6 +90,7 @@ class Reporter:
     @contextmanager
     def bar(self, label: str, total: int | None = None, unit: str = "") -> Iterator[Bar]:
         bar = Bar(self, label, total, unit)
+        LOGGER.debug("%s: begins", label)
         if not self.plain:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn

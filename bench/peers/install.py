@@ -14,6 +14,8 @@ from typing import Any
 
 import platformdirs
 
+from specialize.fetch import is_offline
+
 SCRIPTS = Path(__file__).parent / "scripts"
 _TRANSFORMERS = ("torch==2.13.0", "transformers==5.23.0", "peft==0.21.2", "gguf==0.19.0")
 
@@ -80,6 +82,8 @@ def ensure(spec: PeerSpec, say: Callable[[str], None], folder: Path | None = Non
     python = home / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if stamp.exists() and python.exists():
         return python
+    if is_offline():
+        raise PeerError(f"is not installed, and offline {', '.join(spec.packages)} cannot be fetched")
     say(f"{spec.label}: installing {', '.join(spec.packages)} into {home}")
     home.parent.mkdir(parents=True, exist_ok=True)
     pip = [str(python), "-m", "pip"]

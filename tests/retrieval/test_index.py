@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from specialize.retrieval import index as index_module
 from specialize.retrieval.corpus import Document
-from specialize.retrieval.index import Index, exact_search
+from specialize.retrieval.exact import exact_search
+from specialize.retrieval.index import Index
 
 from specialize.errors import InputError
 

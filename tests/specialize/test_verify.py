@@ -35,8 +35,8 @@ def run(finished, tmp_path):
 
 
 def referenced(folder):
-    """Every file that a finished run consists of; the lock has no content of its own."""
-    return [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "lock"]
+    """Every file that a finished run consists of; the lock has no content of its own, and nothing reads the log."""
+    return [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in ("lock", "run.log")]
 
 
 def test_a_finished_run_is_whole_and_not_touched(run):
@@ -46,7 +46,7 @@ def test_a_finished_run_is_whole_and_not_touched(run):
     assert set(found.checked) == {"items", "replies", "files", "rows", "adapters"}
     assert found.checked["adapters"] == 4
     assert survey(run, ["."]) == before
-    assert len(before) == found.checked["files"] + 3  # ledger, seal, lock
+    assert len(before) == found.checked["files"] + 4  # ledger, seal, lock, log
 
 
 def test_every_file_is_in_the_ledger(run):
