@@ -6,16 +6,14 @@ among the seeds. Everything is drawn with one fixed random seed, so that the sam
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from ..filter import NearDuplicates
+from .files import DemoFiles, task_file, write_demo
 from .obo import Ontology, Term
 from .sentences import write_sentence
 
@@ -45,17 +43,6 @@ INSTRUCTIONS = {
 }
 
 
-@dataclass(frozen=True)
-class DemoFiles:
-    """Where the demo's inputs lie, and how many there are."""
-
-    corpus: Path
-    seeds: Path
-    tasks: Path
-    num_documents: int
-    num_held_out: int
-
-
 def build_demo(ontology: Ontology, seeds: Path, out: Path) -> DemoFiles:
     """Writes ``corpus.jsonl``, ``seeds.jsonl`` and ``tasks/*.json`` into ``out`` and says what was written. Files whose
     content is already right are left alone."""
@@ -65,13 +52,7 @@ def build_demo(ontology: Ontology, seeds: Path, out: Path) -> DemoFiles:
     kept = [term for term in terms if term.id not in held_out]
     documents = [document(ontology, term, held_out) for term in corpus_terms(kept)]
     tasks = make_tasks(ontology, [ontology.terms[term_id] for term_id in held_out], kept)
-    (out / "tasks").mkdir(parents=True, exist_ok=True)
-    corpus = out / "corpus.jsonl"
-    _write(corpus, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in documents))
-    _write(out / "seeds.jsonl", seed_text)
-    for task in tasks:
-        _write(out / "tasks" / f"{task['name']}.json", json.dumps(task, ensure_ascii=False, indent=1) + "\n")
-    return DemoFiles(corpus, out / "seeds.jsonl", out / "tasks", len(documents), len(held_out))
+    return write_demo(out, documents, seed_text, tasks, len(held_out))
 
 
 def phenotypes(ontology: Ontology) -> list[Term]:
@@ -241,12 +222,7 @@ def make_tasks(ontology: Ontology, held_out: Sequence[Term], kept: Sequence[Term
     def task(name: str, rows: list[dict], labels: list[str] | None = None) -> None:
         if len(rows) < wanted:
             raise ValueError(f"task {name}: {len(rows)} examples can be made, {wanted} are needed")
-        rows = rows[:wanted]
-        shots = [{"input": row["input"], "output": row["outputs"][0]} for row in rows[:SHOTS]]
-        made: dict = {"name": name, "instruction": INSTRUCTIONS[name], "metric": "token_f1"}
-        if labels:
-            made["labels"] = labels
-        tasks.append(made | {"shots": shots, "examples": rows[SHOTS:]})
+        tasks.append(task_file(name, INSTRUCTIONS[name], rows[:wanted], SHOTS, labels))
 
     def shuffled() -> list[Term]:
         return rng.sample(list(held_out), len(held_out))
@@ -346,11 +322,3 @@ def _system_rows(ontology: Ontology, held_out: Sequence[Term], wanted: int) -> l
     rows = rows[:wanted]
     random.Random(RANDOM_SEED + 2).shuffle(rows)
     return rows
-
-
-def _write(path: Path, text: str) -> None:
-    if path.exists() and path.read_text(encoding="utf-8") == text:
-        return
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
