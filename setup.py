@@ -69,6 +69,7 @@ setup(
         ],
         "fuzz": ["atheris>=2.3"],  # `python -m tests.fuzz.run READER`: coverage-guided search for files that crash
         "tensorboard": ["tensorboard>=2.15"],  # `specialize tune` writes its events where this is installed
+        "lm-eval": ["lm_eval>=0.4.9"],  # lm-evaluation-harness over our generator (specialize/harness.py)
         "ray": ["ray>=2.60"],  # `--workers` and `--ray`: generation over GPUs and machines
         "flash": ["flash-attn>=2.7"],  # optional attention backend
     },

@@ -228,17 +228,23 @@ class Generator:
             elif event.error:
                 raise RuntimeError(event.error)
 
-    @torch.inference_mode()
     def score(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, adapter: str | None = None
     ) -> list[list[float]]:
         """Log-probabilities of each continuation's tokens; pairs are (prompt_ids, continuation_ids)."""
+        return [logprobs for logprobs, _ in self.score_greedy(pairs, adapter=adapter)]
+
+    @torch.inference_mode()
+    def score_greedy(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, adapter: str | None = None
+    ) -> list[tuple[list[float], bool]]:
+        """As `score`, and whether each continuation is the greedy one: every token the most likely one at its place."""
         slot = -1 if adapter is None else self._adapter(adapter)[0]
         for place, (prompt, continuation) in enumerate(pairs):
             problem = self._problem(Request(list(prompt) + list(continuation)[:-1], SamplingParams(max_tokens=1)))
             if problem or not prompt:
                 raise InputError(f"pair {place}: {problem or 'the prompt is empty; give at least one token'}")
-        scores: list[list[float]] = []
+        scores: list[tuple[list[float], bool]] = []
         group: list[tuple[Sequence[int], Sequence[int]]] = []
         tokens = 0
         for pair in pairs:
@@ -443,7 +449,9 @@ class Generator:
                     cache_salt=salt,
                 )
 
-    def _score_group(self, group: list[tuple[Sequence[int], Sequence[int]]], slot: int) -> list[list[float]]:
+    def _score_group(
+        self, group: list[tuple[Sequence[int], Sequence[int]]], slot: int
+    ) -> list[tuple[list[float], bool]]:
         sequences = [list(prompt) + list(continuation)[:-1] for prompt, continuation in group]
         index = [slot] * len(group) if slot >= 0 else None
         batch = Batch.packed(sequences, self.model.device, adapter_index=index)
@@ -454,16 +462,19 @@ class Generator:
             wanted += range(first, first + len(continuation))
             targets += continuation
             start += len(sequence)
-        picked = []
+        picked: list[float] = []
+        likeliest: list[bool] = []
         for at in range(0, len(wanted), 256):  # logits are wide; a slice at a time
             rows = torch.tensor(wanted[at : at + 256], device=hidden.device)
             target = torch.tensor(targets[at : at + 256], device=hidden.device)
             logprobs = self.model.logits(hidden[rows]).float().log_softmax(-1)
             picked += logprobs.gather(1, target[:, None]).squeeze(1).tolist()
+            likeliest += (logprobs.argmax(-1) == target).tolist()
         scores, at = [], 0
         for _, continuation in group:
-            scores.append(picked[at : at + len(continuation)])
-            at += len(continuation)
+            end = at + len(continuation)
+            scores.append((picked[at:end], all(likeliest[at:end])))
+            at = end
         return scores
 
 

@@ -280,6 +280,9 @@ def test_logprobs_are_the_models_own(model):
                 assert abs(value - float(row[other])) < 1e-4
 
 
+GREEDY_SIX = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+
+
 def test_scores_are_the_continuations_logprobs(model, adapter_folders):
     generator = Generator(model, None, EngineConfig(max_batch_tokens=64), {"a": adapter_folders[0]})
     pairs = [(p[: len(p) // 2 + 1], p[len(p) // 2 + 1 :]) for p in prompts_of(7, 7, 30)]
@@ -290,6 +293,12 @@ def test_scores_are_the_continuations_logprobs(model, adapter_folders):
             truth = naive_logits(model, prompt + continuation, pool, 0 if pool else -1).log_softmax(-1)
             expected = [float(truth[len(prompt) - 1 + i, t]) for i, t in enumerate(continuation)]
             assert score == pytest.approx(expected, abs=1e-4)
+        # Greedy continuations are told from others that differ in one token.
+        prompts = [prompt for prompt, _ in pairs]
+        greedy = [c.token_ids for c in generator.generate(prompts, GREEDY_SIX, adapter=adapter)]
+        other = [[*ids[:3], (ids[3] + 1) % model.config.vocab_size, *ids[4:]] for ids in greedy]
+        told = generator.score_greedy(list(zip(prompts * 2, greedy + other, strict=True)), adapter=adapter)
+        assert [is_greedy for _, is_greedy in told] == [True] * 7 + [False] * 7
     with pytest.raises(InputError, match="pair 0"):
         generator.score([([], [1])])
 

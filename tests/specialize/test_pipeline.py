@@ -106,6 +106,18 @@ def front_matter(path):
     return yaml.safe_load(front), page
 
 
+def test_datasets_loads_the_export(finished, tmp_path):
+    """The library itself, where it is installed (it is no test dependency, for its weight): the rows by default."""
+    datasets = pytest.importorskip("datasets")
+    export(finished[0], tmp_path / "rows", seeds=True)
+    kept = len((finished[0] / "dataset.jsonl").read_text().splitlines())
+    cache = str(tmp_path / "cache")
+    rows = datasets.load_dataset(str(tmp_path / "rows"), split="train", cache_dir=cache)
+    chats = datasets.load_dataset(str(tmp_path / "rows"), "chat", split="train", cache_dir=cache)
+    assert len(rows) == len(chats) == kept + 8
+    assert [chat["messages"][1]["content"] for chat in chats] == rows["output"][:]
+
+
 def test_the_data_set_reads_the_same_in_every_format(finished, tiny, tmp_path):
     folder, _ = finished
     kept = [json.loads(line) for line in (folder / "dataset.jsonl").read_text().splitlines()]
