@@ -22,6 +22,7 @@ from ..kernels import cpu_blocks
 from ..kernels.lora_linear import lora_grouped_add_
 from .adapter_format import Pair, load_modules, lora_scaling, save_part_matrices
 from .batch import Batch
+from .digest import require_base
 from .linear import Linear
 from .model import AdaptedLinear, Model
 from .quantize import linear_path, quantize_weight
@@ -42,6 +43,7 @@ class Adapter:
     targets: tuple[str, ...]
     base_model: str | None
     fingerprint: bytes
+    base: str | None = None  # which base it was trained on, if it says (`digest.base_identity`)
 
 
 def load_adapter(path: str | Path, model: Model) -> Adapter:
@@ -66,6 +68,7 @@ def load_adapter(path: str | Path, model: Model) -> Adapter:
                 f"{path}: {module} has A {tuple(a.shape)} and B {tuple(b.shape)}; this model's module maps "
                 f"{expected[0]} to {expected[1]} features; the adapter belongs to another base"
             )
+    require_base(saved.base, path, model.source)
     matrices = {}
     for adapted in model.adaptable:
         fused = _fuse(adapted, saved.parts)
@@ -81,6 +84,7 @@ def load_adapter(path: str | Path, model: Model) -> Adapter:
         targets=tuple(sorted({module.rsplit(".", 1)[-1] for module in saved.parts})),
         base_model=saved.base_model,
         fingerprint=_fingerprint(saved.parts, saved.magnitudes, saved.scaling),
+        base=saved.base,
     )
 
 
@@ -96,7 +100,7 @@ def save_adapter(path: str | Path, adapter: Adapter, *, base_model: str | None =
     return save_part_matrices(
         path, parts, rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets,
         rank_stabilized=stabilized, base_model=base_model or adapter.base_model, rank_pattern=ranks,
-        magnitudes=adapter.magnitudes,
+        magnitudes=adapter.magnitudes, base=adapter.base,
     )  # fmt: skip
 
 

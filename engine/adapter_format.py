@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from specialize.errors import InputError, parse_json
+
+from .digest import read_base, save_tensors
+from .staging import staging
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -29,7 +30,8 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 @dataclass(frozen=True)
 class SavedAdapter:
     """What a folder holds, fp32 on the CPU. Each module's update is ``scaling · B A``: where its rank or alpha is its
-    own, B holds the ratio. ``magnitudes`` is empty but for DoRA."""
+    own, B holds the ratio. ``magnitudes`` is empty but for DoRA. ``base`` says on which base it was trained
+    (`digest.base_identity`), where the file says so."""
 
     parts: dict[str, Pair]
     magnitudes: dict[str, torch.Tensor]
@@ -37,6 +39,7 @@ class SavedAdapter:
     rank: int
     alpha: float
     base_model: str | None
+    base: str | None = None
 
 
 def load_modules(path: str | Path) -> SavedAdapter:
@@ -58,7 +61,8 @@ def load_modules(path: str | Path) -> SavedAdapter:
         own = lora_scaling(a.shape[0], pattern_value(config.get("alpha_pattern"), module, alpha), stabilized)
         if own != scaling:
             pairs[module] = (a, b * (own / scaling))
-    return SavedAdapter(pairs, magnitudes, scaling, rank, alpha, config.get("base_model_name_or_path"))
+    base = read_base(folder / WEIGHTS_FILE)
+    return SavedAdapter(pairs, magnitudes, scaling, rank, alpha, config.get("base_model_name_or_path"), base)
 
 
 def save_part_matrices(
@@ -71,6 +75,7 @@ def save_part_matrices(
     dropout: float = 0.0,
     rank_stabilized: bool = False,
     base_model: str | None = None,
+    base: str | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     magnitudes: Mapping[str, torch.Tensor] | None = None,
@@ -78,7 +83,7 @@ def save_part_matrices(
     """Writes ``parts`` (module path → A [R, in], B [out, R]) as a PEFT folder; each file appears whole or not at all.
 
     ``rank_pattern`` names modules whose rank differs from ``rank``, ``alpha_pattern`` likewise; ``magnitudes`` (module
-    path → [out]) make it a DoRA adapter.
+    path → [out]) make it a DoRA adapter. ``base`` is the identity of its base (`digest.base_identity`).
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,11 +110,10 @@ def save_part_matrices(
         "inference_mode": True,
         "modules_to_save": None,
     }
-    with tempfile.TemporaryDirectory(dir=folder, suffix=".tmp") as staging:
-        weights = Path(staging) / WEIGHTS_FILE
-        save_file(tensors, weights, metadata={"format": "pt"})
-        weights.chmod(0o644)  # the package makes files that only their owner reads
-        settings = Path(staging) / CONFIG_FILE
+    with staging(folder, "adapter") as place:
+        weights = place / WEIGHTS_FILE
+        save_tensors(tensors, weights, base)
+        settings = place / CONFIG_FILE
         settings.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         os.replace(weights, folder / WEIGHTS_FILE)
         os.replace(settings, folder / CONFIG_FILE)

@@ -12,20 +12,20 @@ import os
 import pickle
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from specialize.errors import InputError
 
 from .config import ModelConfig, read_json
+from .digest import base_identity, save_tensors
 from .gguf import GGUFFile
 from .layout import expected_tensors
 from .quantize import PREFIX, Quantization, QuantizedView, check_shapes, quantization_of
+from .staging import staging
 from .tokenizer import tokenizer_from_gguf
 from .weights import SafetensorsFolder, check_tensors
 
@@ -162,8 +162,9 @@ def convert(
     else:
         sizes = {name: math.prod(shape) * itemsizes[name] for name, shape in expected_tensors(config).items()}
     return write_folder(
-        target, tensors, sizes, companions, dtype=dtype, max_shard_bytes=max_shard_bytes, on_tensor=on_tensor
-    )
+        target, tensors, sizes, companions, dtype=dtype, max_shard_bytes=max_shard_bytes, on_tensor=on_tensor,
+        base=base_identity(source) if update is None else None,
+    )  # fmt: skip
 
 
 def save_model(model: Any, target: str | Path, *, source: str | Path | None = None) -> Path:
@@ -196,10 +197,12 @@ def write_folder(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     on_tensor: Callable[[int, int], None] | None = None,
+    base: str | None = None,
 ) -> Path:
     """Writes the tensors that ``sizes`` names (name -> bytes, in order) as one model folder, whole or not at all.
 
-    ``write_companions(folder)`` adds config and tokenizer.
+    ``write_companions(folder)`` adds config and tokenizer. ``base`` is the identity of the base that this is a copy of
+    (`digest.base_identity`).
     """
     target = Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -207,11 +210,10 @@ def write_folder(
     shards = _plan(sizes, max_shard_bytes)
     total = sum(size for shard in shards for _, size in shard)
     target.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(target.parent).free
-    if free < total * 1.01:
-        raise InputError(f"{target}: needs {total / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free")
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    with staging(target.parent, target.name) as partial:
+        free = shutil.disk_usage(target.parent).free
+        if free < total * 1.01:
+            raise InputError(f"{target}: needs {total / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free")
         weight_map, done = {}, 0
         for i, shard in enumerate(shards):
             single = len(shards) == 1
@@ -225,8 +227,7 @@ def write_folder(
                 done += size
                 if on_tensor is not None:
                     on_tensor(done, total)
-            save_file(content, partial / file_name, metadata={"format": "pt"})
-            (partial / file_name).chmod(0o644)  # the package makes files that only their owner reads
+            save_tensors(content, partial / file_name, base)
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
@@ -235,9 +236,6 @@ def write_folder(
         if target.exists():
             target.rmdir()
         os.replace(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return target
 
 

@@ -12,6 +12,7 @@ from specialize.errors import InputError
 from .adapter_format import SavedAdapter, load_modules
 from .config import ModelConfig, read_json
 from .convert import convert
+from .digest import require_base
 from .layout import layer_linears
 from .quantize import quantization_of
 from .weights import open_checkpoint
@@ -59,7 +60,8 @@ def merge_checkpoint(
 
 
 def require_fit(saved: SavedAdapter, config: ModelConfig, adapter: str | Path, source: str | Path) -> None:
-    """Raises InputError unless every module of ``saved`` is one of the base ``source``, in its shape."""
+    """Raises InputError unless every module of ``saved`` is one of the base ``source``, in its shape, and it was not
+    trained on another."""
     shapes = {
         part.path: (fused.in_features, part.stop - part.start)
         for layer_id in range(config.num_layers)
@@ -72,3 +74,4 @@ def require_fit(saved: SavedAdapter, config: ModelConfig, adapter: str | Path, s
                 f"{adapter}: adapts {module} with A {tuple(a.shape)} and B {tuple(b.shape)}, which {source} "
                 f"{'has in another shape' if module in shapes else 'lacks'}; it belongs to another base"
             )
+    require_base(saved.base, adapter, source)

@@ -127,6 +127,7 @@ class Model:
         as it is there.
         """
         check_shapes(config, quantization, "quantize")
+        self.source: Path | None = None  # the folder or file that the weights are of
         self._keeper = keeper
         self.quantization = quantization
         self.config, self.dtype, self.device, self.backend = config, dtype, torch.device(device), backend
@@ -243,7 +244,7 @@ class Model:
         """
         quantization = agree(Quantization.parse(quantize), stored_quantization(path), path)
         config, tensors = open_checkpoint(path)
-        return Model(
+        model = Model(
             config,
             FiniteTensors(tensors, str(path)),
             dtype=dtype,
@@ -253,6 +254,8 @@ class Model:
             quantization=quantization,
             keeper=keeper,
         )
+        model.source = Path(path)
+        return model
 
     @staticmethod
     def random(

@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import time
 import warnings
 from pathlib import Path
 
@@ -127,7 +128,10 @@ def _compile(name: str, path: Path) -> None:
     assert compiler is not None
     path.parent.mkdir(parents=True, exist_ok=True)
     source = SOURCES / f"{name}.cpp"
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    for left in path.parent.glob(".build-*"):  # by a process that was killed; none compiles for an hour
+        if time.time() - left.stat().st_mtime > 3600:
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
         made, library = Path(folder) / f"{name}.o", Path(folder) / f"{name}.so"
         openmp = _openmp_library()
         link = [openmp] if openmp else ["-fopenmp"]

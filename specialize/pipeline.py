@@ -83,6 +83,7 @@ class Run:
         self.prints = {name: file_fingerprint(inputs[name]) for name in INPUTS}
         self.reports: dict[str, EvalReport] = {}  # of the systems, once they are evaluated
         self._donors = Donors(other for other in donors if other != folder)
+        self._found = dict(self.prints)
         self._generator: Any = None
         self._pool: WorkerPool | None = None
         if spread is not None:
@@ -168,6 +169,15 @@ class Run:
                         changes.append(text)
         return stale, changes
 
+    def _keep_older_prints(self, ledger: Ledger) -> None:
+        """A run of an earlier version knows large inputs by both their ends: where these are the same, it goes on."""
+        for name in INPUTS:
+            told = {s.settings[name] for s in ledger.stages().values() if name in s.settings}
+            if told and self.prints[name] not in told:
+                older = file_fingerprint(self.inputs[name], whole=False)
+                if older in told:
+                    self.prints[name] = older
+
     def _forget(self, ledger: Ledger, stale: list[str]) -> None:
         """Delete what the stale stages made, last first."""
         for name in reversed(stale):
@@ -202,6 +212,7 @@ class Run:
             sealed_ledger(self.folder / "ledger.sqlite") as ledger,
         ):
             sweep(self.folder)
+            self._keep_older_prints(ledger)
             stale, changes = self.invalidated(ledger)
             if stale and not redo:
                 what = f" ({'; '.join(changes)})" if changes else ""
@@ -294,7 +305,7 @@ class Run:
 
     def _require_unchanged(self, name: str) -> None:
         """Called when an input has been read: what was read must be what this run says it is made of."""
-        if file_fingerprint(self.inputs[name]) != self.prints[name]:
+        if file_fingerprint(self.inputs[name]) != self._found[name]:
             raise InputError(
                 f"{name}: {self.inputs[name]} was changed while the run was at work; put the old one back and run the "
                 "same command again, or add --redo to go on with the new one"

@@ -81,18 +81,26 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def file_fingerprint(path: str | Path) -> str:
-    """Content hash of a file; of a folder, the names and sizes of its files and the content of those under 8 MiB."""
+def file_fingerprint(path: str | Path, *, whole: bool = True) -> str:
+    """Hash of a file's content; of a folder, of its files' names, sizes and contents.
+
+    Without ``whole`` only both ends of files beyond 8 MiB count, as for runs of earlier versions.
+    """
     path = Path(path)
     digest = hashlib.sha256()
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     for file in files:
         size = file.stat().st_size
         digest.update(f"{file.relative_to(path) if path.is_dir() else ''}:{size};".encode())
+        if whole and size > 8 << 20:
+            from .engine.digest import file_sha256
+
+            digest.update(file_sha256(file).encode())
+            continue
         with file.open("rb") as stream:
             if size <= 8 << 20:
                 digest.update(stream.read())
-            else:  # large weights: both ends tell files apart without reading gigabytes at every start
+            else:
                 digest.update(stream.read(1 << 20))
                 stream.seek(-(1 << 20), 2)
                 digest.update(stream.read())

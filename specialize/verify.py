@@ -198,11 +198,16 @@ def _check_artefacts(db: sqlite3.Connection, found: Findings, stages: dict[str, 
 
 def _check_file(found: Findings, recorded: Artefact, owner: str) -> None:
     path = found.folder / recorded.path
+    if Path(recorded.path).is_absolute() or ".." in Path(recorded.path).parts:
+        found.wrong.append(f"{recorded.path!r:.200} ({owner}) is no place within the run folder")
+        return
     if not path.is_file():
         found.wrong.append(f"{recorded.path} ({owner}) is missing")
         return
     try:
-        num_bytes, sha256 = hash_file(path)
+        num_bytes, sha256 = path.stat().st_size, recorded.sha256
+        if num_bytes == recorded.num_bytes:
+            num_bytes, sha256 = hash_file(path)
     except OSError as error:
         found.wrong.append(f"{recorded.path} ({owner}) cannot be read: {error.strerror}")
         return
@@ -302,8 +307,8 @@ def _check_base(folder: Path, base: Path, found: Findings) -> None:
             rows = db.execute("SELECT name, settings FROM stages").fetchall()
     except (sqlite3.Error, UnicodeDecodeError):
         return  # said already
-    now = file_fingerprint(base)
+    now, older = file_fingerprint(base), file_fingerprint(base, whole=False)  # the latter is of earlier versions
     for name, settings in rows:
         recorded = (_object(settings) or {}).get("model", now)
-        if recorded != now:
+        if recorded not in (now, older):
             found.wrong.append(f"stage {name} was made with another base: {base} now has hash {now}, then {recorded}")

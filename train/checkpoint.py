@@ -19,6 +19,8 @@ from safetensors.torch import save
 
 from specialize.errors import InputError
 
+from ..engine.staging import hold
+
 FORMAT = "specialize-train-2"
 
 
@@ -28,6 +30,7 @@ def write_atomic(path: str | Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
+            hold(file.fileno())
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -8,7 +8,6 @@ given is the one that learns. It takes 16 to 20 bytes a parameter: for small mod
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from specialize.errors import InputError
 
 from ..engine.convert import save_model
+from ..engine.staging import staging
 from .parameters import ParameterGroup, Trainable, aligned
 
 
@@ -88,8 +88,8 @@ class FullParameters(Trainable):
         """Writes a whole checkpoint, in the model's number format, into the folder."""
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as staging:
-            written = save_model(self.model, Path(staging) / "model", source=source)
+        with staging(folder, "saving") as place:
+            written = save_model(self.model, place / "model", source=source)
             for file in sorted(written.iterdir(), key=lambda file: file.name.startswith("model")):
                 os.replace(file, folder / file.name)
         return folder

@@ -22,6 +22,7 @@ import torch
 
 from specialize.errors import InputError
 
+from ..engine.staging import remove_abandoned
 from ..kernels.cross_entropy import linear_cross_entropy
 from .checkpoint import load_checkpoint, save_checkpoint, write_atomic
 from .config import LossNotFiniteError, StepReport, TrainConfig, TrainResult
@@ -165,6 +166,8 @@ class Trainer:
 
     def run(self, *, resume: bool = True) -> TrainResult:
         """Trains to the end, from the checkpoint where there is one, and writes the adapter."""
+        if self.ranks.is_first:
+            remove_abandoned(self.out)
         if resume:
             finished = self.ranks.first(self._finished)
             if finished is not None:

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from specialize.errors import InputError
 
 from ..engine.adapter_format import WEIGHTS_FILE, load_modules, save_part_matrices
+from ..engine.digest import base_identity, require_base
 from ..kernels.lora_linear import lora_linear
 from .lora_layout import Key, LoraPair, lay_out, resolve_targets, shortest_targets
 from .parameters import ALIGNMENT, Trainable
@@ -62,6 +63,7 @@ class TrainableLora(Trainable):
         plus_ratio: float = 1.0,
         seed: int = 0,
     ) -> None:
+        self._base = None if model.source is None else base_identity(model.source)  # before anybody exchanges the files
         self.model, self.rank, self.rank_stabilized, self.dora, self.init = model, rank, rank_stabilized, dora, init
         self.alpha = float(2 * rank if alpha is None else alpha)
         self.dropout = dropout
@@ -305,6 +307,7 @@ class TrainableLora(Trainable):
             dropout=self.dropout,
             rank_stabilized=self.rank_stabilized,
             base_model=base_model,
+            base=self._base,
             rank_pattern={p.path: p.rank * grown for p in parts if p.rank != self.rank},
             alpha_pattern={p.path: p.alpha * growth for p in parts if p.alpha != self.alpha},
             magnitudes=self.part_magnitudes(),
@@ -320,6 +323,7 @@ class TrainableLora(Trainable):
     def load(self, path: str | Path) -> None:
         """Takes the matrices of an adapter folder with the same targets, ranks and variant."""
         saved = load_modules(path)
+        require_base(saved.base, path, self.model.source)
         mine, magnitudes = self.part_matrices(), self.part_magnitudes()
         if set(saved.parts) != set(mine):
             raise InputError(

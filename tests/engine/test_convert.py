@@ -153,7 +153,7 @@ def test_existing_targets_are_kept(tmp_path):
 
 
 def test_a_failing_disk_leaves_nothing_behind(tmp_path, monkeypatch):
-    from specialize.engine import convert as module
+    from specialize.engine import digest as module
 
     bin_folder(tmp_path / "src", llama_dict())
 
@@ -164,6 +164,6 @@ def test_a_failing_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         convert(tmp_path / "src", tmp_path / "dst")
     assert [p.name for p in tmp_path.iterdir()] == ["src"]
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
     with pytest.raises(InputError, match=r"GB of disk, 0\.0 GB are free"):
         convert(tmp_path / "src", tmp_path / "dst")

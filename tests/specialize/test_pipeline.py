@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -12,13 +13,14 @@ import pytest
 import torch
 import yaml
 
+from specialize import pipeline
 from specialize.errors import InputError
 from specialize.export import export
 from specialize.ledger import Ledger, run_lock
 from specialize.pipeline import Run
 from specialize.progress import Reporter
 from specialize.recipe import override, read_recipe
-from specialize.records import Seed
+from specialize.records import Seed, file_fingerprint
 
 
 def open_run(tiny, folder, *settings, **inputs):
@@ -363,3 +365,15 @@ def test_seed_kinds_without_a_task_field_go_by_instruction(tmp_path):
         Seed(f"s{i}", f"Do {i % 2}.", f"Do {i % 2}.", f"text {i} of some length here for it", "yes") for i in range(6)
     ]
     assert [len(k.seeds) for k in kinds_of(rows)] == [3, 3]
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_large_inputs(tiny, tmp_path, monkeypatch):
+    model = shutil.copytree(tiny.inputs["model"], tmp_path / "model")
+    (model / "large").write_bytes(bytes(9 << 20))
+    with monkeypatch.context() as patch:  # which took both ends of a large file for the whole
+        patch.setattr(pipeline, "file_fingerprint", lambda path: file_fingerprint(path, whole=False))
+        open_run(tiny, tmp_path / "run", model=str(model)).execute(until="teacher")
+    open_run(tiny, tmp_path / "run", model=str(model)).execute(until="teacher")
+    (model / "large").write_bytes(b"\1" + bytes((9 << 20) - 1))
+    with pytest.raises(InputError, match=r"model: \w+ → \w+.*--redo"):
+        open_run(tiny, tmp_path / "run", model=str(model)).execute(until="teacher")

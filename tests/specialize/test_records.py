@@ -92,3 +92,14 @@ def test_fingerprints_change_with_content(tmp_path):
     before = file_fingerprint(tmp_path)
     (tmp_path / "f").write_text("two")
     assert file_fingerprint(tmp_path) != before
+
+
+def test_every_byte_of_a_large_file_counts(tmp_path):
+    path = tmp_path / "weights"
+    content = bytearray(9 << 20)
+    path.write_bytes(content)
+    before, ends = file_fingerprint(tmp_path), file_fingerprint(tmp_path, whole=False)
+    content[5 << 20] = 1
+    path.write_bytes(content)
+    assert file_fingerprint(tmp_path) != before
+    assert file_fingerprint(tmp_path, whole=False) == ends  # what runs of earlier versions hold

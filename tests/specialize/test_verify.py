@@ -132,7 +132,9 @@ def test_another_base_is_named(run, tiny, tmp_path):
     weights = bytearray((model / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (model / "model.safetensors").write_bytes(weights)
-    assert any("stage tune was made with another base" in text for text in verify(run).wrong)
+    findings = verify(run).wrong
+    assert any("stage tune was made with another base" in text for text in findings)
+    assert sum("was trained on another base: its weights had SHA-256" in text for text in findings) == 4
     config = json.loads((model / "config.json").read_text())
     halves = {  # one head of keys and values where the adapter's base has two
         name: tensor[:8].contiguous() if name.split(".")[-2] in ("k_proj", "v_proj") else tensor
