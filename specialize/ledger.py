@@ -25,8 +25,7 @@ from .files import Artefact
 from .sqlite_reader import Connection, stored_json, stored_object
 
 _FORMAT = 2  # 1 had no tallies
-SCHEMA = (
-    """
+SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS stages (
   name TEXT PRIMARY KEY, fingerprint TEXT NOT NULL, settings TEXT NOT NULL, done INTEGER NOT NULL DEFAULT 0,
@@ -44,8 +43,6 @@ CREATE INDEX IF NOT EXISTS replies_by_item ON replies (item_id, purpose);
 CREATE TABLE IF NOT EXISTS artefacts (
   path TEXT PRIMARY KEY, stage TEXT NOT NULL, bytes INTEGER NOT NULL, sha256 TEXT NOT NULL);
 """
-    + tally.SCHEMA
-)
 
 
 # What SQLite says when the place, not the file, is at fault.
@@ -98,7 +95,8 @@ class Stage:
 class Ledger:
     """Reads and writes of one run's ledger. One process writes; readers may look at any time."""
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, upgrade: bool = False):
+        """``upgrade`` gives a ledger of an earlier version what it lacks; writers do so (`seal.sealed_ledger`)."""
         self.path = Path(path)
         try:
             self._db = sqlite3.connect(self.path, isolation_level=None, timeout=30, factory=Connection)
@@ -118,28 +116,31 @@ class Ledger:
         culprit = tally.wrong_type(self._db)
         if culprit is not None:
             raise InputError(f"{self.path}: the ledger is damaged ({culprit}); choose another --out folder")
-        self._begin()
-        tally.keep(self._db)
+        if self._begin(upgrade):
+            tally.keep(self._db)
 
-    def _begin(self) -> None:
-        """Make a new ledger's tallies, or those of one from before there were any."""
-        found = self.meta("format")
-        tallied = self._db.execute("SELECT COUNT(*) FROM tallies").fetchone()[0]
+    def _begin(self, upgrade: bool) -> bool:
+        """Make a new ledger's tallies, or with ``upgrade`` those of an older one; returns whether it has some."""
+        found, tallied = self.meta("format"), tally.present(self._db)
         if found == _FORMAT and tallied:
-            return
-        used = any(self._db.execute(f"SELECT 1 FROM {name} LIMIT 1").fetchone() for name in tally.TABLES)
+            return True
         if found not in (None, 1, _FORMAT):
             raise InputError(
                 f"{self.path}: ledger format {found}, this version reads {_FORMAT}; choose another --out folder"
             )
+        used = any(self._db.execute(f"SELECT 1 FROM {name} LIMIT 1").fetchone() for name in tally.TABLES)
         if found == _FORMAT or tallied or (found is None and used):
             raise InputError(
                 f"{self.path}: the ledger is damaged (its format or its running hashes are lost); bring the folder "
                 "back from a copy, or choose another --out folder"
             )
+        if found == 1 and not upgrade:  # somebody who only reads leaves the file, and its seal, as they are
+            return False
         with self.transaction():
+            self._db.execute(tally.SCHEMA)
             self.set_meta("format", _FORMAT)
             tally.begin(self._db)
+        return True
 
     def changed_rows(self) -> list[str]:
         """What differs between the rows and the hashes that were written with them, or between tables and their

@@ -116,7 +116,7 @@ def sealed_ledger(path: Path) -> Iterator[Ledger]:
     if findings is not None:
         path.with_name(SEAL).unlink()
         sync_folder(path.parent)
-    with Ledger(path) as ledger:
+    with Ledger(path, upgrade=True) as ledger:
         changed = ledger.changed_rows() if findings is None else []
         if changed:
             raise InputError(

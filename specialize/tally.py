@@ -57,6 +57,15 @@ def keep(db: sqlite3.Connection) -> None:
             )
 
 
+def _there(db: sqlite3.Connection) -> bool:
+    return db.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'tallies'").fetchone() is not None
+
+
+def present(db: sqlite3.Connection) -> bool:
+    """Whether the ledger has running hashes."""
+    return _there(db) and db.execute("SELECT 1 FROM tallies LIMIT 1").fetchone() is not None
+
+
 def begin(db: sqlite3.Connection) -> None:
     """Write the tallies of the rows that are there; within a transaction of the caller's."""
     for table in TABLES:
@@ -87,7 +96,7 @@ def _count(db: sqlite3.Connection, table: str) -> tuple[int, str]:
 
 def wrong_type(db: sqlite3.Connection) -> str | None:
     """The first value that is not of its column's type, in words. SQLite itself takes any value in any column."""
-    for table in (*TABLES, "tallies"):
+    for table in (*TABLES, "tallies") if _there(db) else TABLES:
         tests = []
         for name, kind, optional in _columns(db, table):
             wrong = f"typeof(\"{name}\") <> '{kind.lower()}'"

@@ -98,7 +98,10 @@ def _check_ledger(db: sqlite3.Connection, found: Findings) -> None:
             found.wrong.append(f"ledger.sqlite is damaged: {' '.join(text.split())}")
     missing = _missing_columns(db)
     if missing:
-        found.wrong.append(f"ledger.sqlite lacks {', '.join(missing)}")
+        found.wrong.append(
+            f"ledger.sqlite lacks {', '.join(missing)}: it is damaged, or of an earlier version, then the same "
+            "'specialize run' adds what it can"
+        )
         return
     found.wrong += [f"ledger.sqlite: {text}" for text in tally.check(db)]
     culprit = tally.wrong_type(db)
@@ -118,7 +121,7 @@ def _check_ledger(db: sqlite3.Connection, found: Findings) -> None:
 
 def _missing_columns(db: sqlite3.Connection) -> list[str]:
     with closing(sqlite3.connect(":memory:")) as model:
-        model.executescript(SCHEMA)
+        model.executescript(SCHEMA + tally.SCHEMA)
         wanted = _columns(model)
     there = _columns(db)
     lacking = [name for name in wanted if name not in there]

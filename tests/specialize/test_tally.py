@@ -15,7 +15,7 @@ import pytest
 from specialize.errors import InputError
 from specialize.files import Artefact
 from specialize.ledger import Item, Ledger, Reply
-from specialize.seal import SEAL, open_read_only, sealed_ledger
+from specialize.seal import SEAL, check_seal, open_read_only, sealed_ledger, write_seal
 from specialize.tally import TABLES
 
 KILLED = """
@@ -172,6 +172,10 @@ def test_a_ledger_from_before_the_hashes_gets_them(killed, tmp_path):
         db.execute("DROP TABLE tallies")
         db.execute("UPDATE meta SET value = '1' WHERE key = 'format'")
     db.close()
+    write_seal(folder / "ledger.sqlite")
+    with Ledger(folder / "ledger.sqlite") as ledger:  # somebody who reads
+        assert len(ledger.items()) == 40
+    assert check_seal(folder / "ledger.sqlite") == []
     with sealed_ledger(folder / "ledger.sqlite") as ledger:
         assert ledger.meta("format") == 2
         assert len(ledger.items()) == 40
