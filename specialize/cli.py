@@ -1113,16 +1113,15 @@ def chat(common: Common, model: str, adapter: str | None, **o: Any) -> None:
 
 # the machine
 
+BENCHMARKS = ("kernels", "generate", "train", "retrieval", "peers", "workers", "quality", "soak", "passages")
+
 
 @cli.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
-@click.argument(
-    "what", type=click.Choice(["kernels", "generate", "train", "retrieval", "peers", "quality", "soak", "passages"])
-)
+@click.argument("what", type=click.Choice(BENCHMARKS))
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def bench(what: str, arguments: tuple[str, ...]) -> None:
-    """Measure kernels, generate, train, retrieval, peers, the quality of quantised weights, endurance (soak), or
-    the memory of an index (passages).
-    `specialize bench WHAT --help` lists the options.
+    """Measure kernels, generate, train, retrieval, peers, scaling over workers, the quality of quantised weights,
+    endurance (soak), or the memory of an index (passages). `specialize bench WHAT --help` lists the options.
 
     \b
     Example:

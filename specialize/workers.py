@@ -292,6 +292,11 @@ class WorkerPool:
         self.num_dropped = 0  # completions that came again
         self.num_replaced = 0
 
+    @property
+    def worker_pids(self) -> list[int]:
+        """Process ids of the workers that have loaded their model."""
+        return [member.info["pid"] for member in self._members if member.info is not None]
+
     # the face of a generator
 
     @cached_property
