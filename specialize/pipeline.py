@@ -10,6 +10,7 @@ and the fingerprints of what it builds on.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,12 +31,13 @@ from .ledger import Item, Ledger, run_lock
 from .log import LOGGER, run_log
 from .metrics import rouge_words
 from .progress import Reporter
-from .recipe import INPUTS, YOUNGER, Recipe, Tune, write_recipe
+from .prompts import openings
+from .recipe import INPUTS, YOUNGER, Recipe, write_recipe
 from .records import Example, file_fingerprint, fingerprint, read_seeds, read_tasks
 from .seal import sealed_ledger
 from .share import Donors
-from .synthesize import Job, Synthesizer, number_of, run_jobs
-from .tune import encode, encode_rows, epoch_tokens, seed_examples, train, train_config
+from .synthesize import ANCHOR_SAMPLES, Job, Synthesizer, number_of, run_jobs
+from .tune import encode, encode_grouped, encode_rows, epoch_tokens, seed_examples, train, train_config
 from .workers import Spread, WorkerPool
 
 STAGES = ("index", "teacher", "instructions", "responses", "filter", "tune", "control", "evaluate", "report")
@@ -114,11 +116,14 @@ class Run:
             base["quantize"] = self.recipe.quantize
         if self.recipe.kv_dtype != "auto":
             base["kv_dtype"] = self.recipe.kv_dtype
-        for name in YOUNGER:
-            if plain["tune"][name] == getattr(Tune(), name):
-                del plain["tune"][name]
+        standard = Recipe().to_dict()
+        for section, names in YOUNGER.items():
+            for name in names:
+                if plain[section][name] == standard[section][name]:
+                    del plain[section][name]
         # Teacher and control are the seeds' alone, whether or not the expert has the seeds among its rows.
-        tune = plain["tune"] | {"epochs": None, "teacher_epochs": None, "budget": None, "include_seeds": True}
+        unread = dict.fromkeys(("epochs", "teacher_epochs", "budget", "anchor", "anchor_tokens"))
+        tune = plain["tune"] | unread | {"include_seeds": True}
         found: dict[str, dict[str, Any]] = {
             "index": {"corpus": prints["corpus"], **{f"retrieval.{k}": v for k, v in plain["retrieval"].items()}},
             "teacher": base
@@ -434,27 +439,50 @@ class Run:
         return info
 
     def _train(
-        self, label: str, examples: list[Example], epochs: float, out: Path, more: Sequence[dict[str, str]] = ()
+        self,
+        label: str,
+        examples: list[Example],
+        epochs: float,
+        out: Path,
+        more: Sequence[dict[str, str]] = (),
+        anchored: bool = True,
     ) -> dict[str, Any]:
         from .engine.model import Model
         from .engine.tokenizer import Tokenizer
 
-        self._free_generator()  # one copy of the weights at a time
         tokenizer = Tokenizer.from_pretrained(self.model_path)
+        anchors = [list(tokenizer.encode(text)) for text in self._anchor_texts()] if anchored else []
+        self._free_generator()  # one copy of the weights at a time
         model = load_model(Model, self.model_path, self.recipe.dtype, self.device, self.recipe.quantize)
         self._require_unchanged("model")
+        settings = self.recipe.tune
+        seed = number_of(self.recipe.seed, "tune", bits=31)
         rows = encode(tokenizer, examples)
-        if more:
-            rows += encode_rows(tokenizer, more)
-        per_epoch = epoch_tokens(rows)
+        passed_on = encode_rows(tokenizer, more) if more else []
+        count = len(rows) + len(passed_on)
+        per_epoch = epoch_tokens(rows + passed_on)
         if epochs <= 0:  # a budget in tokens, given as minus their number
             epochs = -epochs / per_epoch
+        passes = 1
+        if settings.demonstrations:
+            passes = math.ceil(epochs)  # each in other groups, so all of them are one epoch of the loop
+            rows = encode_grouped(
+                tokenizer,
+                examples,
+                demonstrations=settings.demonstrations,
+                few_shot=settings.few_shot,
+                max_length=min(settings.max_length, model.config.max_context),
+                seed=seed,
+                passes=passes,
+            )
+        rows += passed_on * passes
         config = train_config(
-            self.recipe.tune,
-            epochs=epochs,
-            seed=number_of(self.recipe.seed, "tune", bits=31),
+            settings,
+            epochs=epochs / passes,
+            seed=seed,
             max_context=model.config.max_context,
             memory_bytes=self.memory_bytes,
+            **({} if anchored else {"anchor": 0.0}),
         )
         with self.reporter.bar(label, unit="tokens") as bar:
 
@@ -466,14 +494,36 @@ class Run:
                 )
 
             found = _Counter(show)
-            result = train(model, rows, config, out, base_model=str(self.inputs["model"]), on_step=found)
-        result |= {"epochs": epochs, "rows": len(rows), "learning_rate": config.learning_rate, "rank": config.rank}
+            result = train(
+                model, rows, config, out, base_model=str(self.inputs["model"]), on_step=found, anchors=anchors
+            )
+        result |= {"epochs": epochs, "rows": count, "learning_rate": config.learning_rate, "rank": config.rank}
         return result
+
+    def _anchor_texts(self) -> list[str]:
+        """Texts that the base writes from the openings, two of each."""
+        settings = self.recipe.tune
+        if not settings.anchor:
+            return []
+        jobs = [
+            Job(
+                item_id=f"anchor-{fingerprint(self.recipe.seed, opening)}",
+                purpose="anchor",
+                prompt=opening,
+                params=self.synthesizer.anchor_params(opening),
+            )
+            for opening in openings()
+        ]
+        with self.reporter.bar("anchor texts", len(jobs) * ANCHOR_SAMPLES) as bar:
+            run_jobs(self.generator, jobs, self.ledger, origin=self._origin(None), on_reply=lambda _: bar.advance())
+        replies = self.ledger.replies("anchor", [job.item_id for job in jobs])
+        return [job.prompt + reply.raw for job in jobs for reply in replies[job.item_id]]
 
     def _do_teacher(self, _: int) -> dict[str, Any]:
         more = self.synthesizer.seed_rows_with_passages() if self._teacher_reads() else []
         epochs = self.recipe.tune.teacher_epochs
-        info = self._train("teacher", seed_examples(self.seeds), epochs, self.folder / "teacher", more)
+        # What the teacher forgets of other text does not matter: it only answers.
+        info = self._train("teacher", seed_examples(self.seeds), epochs, self.folder / "teacher", more, anchored=False)
         return info | {"rows_with_passages": len(more)}
 
     def _teacher_reads(self) -> bool:
@@ -751,6 +801,7 @@ class Run:
         if (
             teacher is not None
             and not teacher.info.get("rows_with_passages")
+            and not self.recipe.tune.anchor
             and abs(teacher.info["tokens"] - wanted) <= EQUAL_TOKENS * wanted
         ):
             found = teacher.info | {"adapter_path": str(self.folder / "teacher"), "same_as": "teacher"}

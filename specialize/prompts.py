@@ -79,6 +79,12 @@ def parse_instruction(raw: str) -> tuple[str, str] | None:
     return instruction, parts[1].strip() if len(parts) > 1 else ""
 
 
+@cache
+def openings() -> tuple[str, ...]:
+    """First words of texts of no domain, for a base model to go on from: ``prompts/openings.txt``."""
+    return tuple((Path(__file__).parent / "prompts" / "openings.txt").read_text(encoding="utf-8").splitlines())
+
+
 def clean_reply(raw: str) -> str:
     """An answer as it is kept: up to the next heading of the format, stripped."""
     return raw.split("###")[0].strip()

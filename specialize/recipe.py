@@ -34,7 +34,8 @@ class Teacher:
 @dataclass(frozen=True)
 class Instructions:
     """Where candidates come from. ``novel`` is the share of invented instructions; the rest pairs the seeds' kinds of
-    task with inputs cut from the corpus. ``material``: documents "nearest" to the kind's seeds, or "random" ones."""
+    task with inputs cut from the corpus. ``material``: documents "nearest" to the kind's seeds, or "random" ones.
+    ``shares``: every kind of task gets as many "rows", or as many "words", so that short ones get more rows."""
 
     novel: float = 0.0
     novel_input: str = "corpus"
@@ -46,6 +47,7 @@ class Instructions:
     temperature: float = 1.0
     top_p: float = 0.98
     max_tokens: int = 128
+    shares: str = "rows"
 
 
 @dataclass(frozen=True)
@@ -117,10 +119,20 @@ class Tune:
     plus_ratio: float = 1.0
     patience: int = 0
     keep_best: bool = False
+    demonstrations: int = 0
+    few_shot: float = 0.5
+    anchor: float = 0.0
+    anchor_tokens: int = 192
 
 
 # Settings younger than runs that lie on disks: at their defaults they are no part of a stage's fingerprint.
-YOUNGER = ("rank_stabilized", "dora", "init", "plus_ratio", "patience", "keep_best")
+YOUNGER = {
+    "tune": (
+        "rank_stabilized", "dora", "init", "plus_ratio", "patience", "keep_best", "demonstrations", "few_shot",
+        "anchor", "anchor_tokens",
+    ),
+    "instructions": ("shares",),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -177,6 +189,7 @@ _CHOICES = {
     "retrieval.mode": ("bm25", "dense", "hybrid", "off"),
     "instructions.novel_input": ("corpus", "written"),
     "instructions.material": ("nearest", "random"),
+    "instructions.shares": ("rows", "words"),
     "responses.passages_for": ("open", "all"),
     "tune.budget": ("epochs", "teacher"),
     "tune.normalise": ("tokens", "examples"),
@@ -225,6 +238,10 @@ _BOUNDS: dict[str, tuple[float, float | None]] = {
     "tune.validation": (0, 0.5),
     "tune.plus_ratio": (0.01, 1000),
     "tune.patience": (0, 1000),
+    "tune.demonstrations": (0, 100),
+    "tune.few_shot": (0, 1),
+    "tune.anchor": (0, 1000),
+    "tune.anchor_tokens": (1, None),
     "evaluate.limit": (0, None),
     "evaluate.max_tokens": (1, None),
 }

@@ -12,6 +12,7 @@ import hashlib
 import math
 import random
 import re
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,7 @@ from .prompts import STOP, clean_reply, input_prompt, instruction_prompt, parse_
 from .recipe import Recipe
 from .records import Verdict
 
+ANCHOR_SAMPLES, ANCHOR_TOKENS = 2, 96  # texts from each opening, and their length
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9])")
 _ABBREVIATION = re.compile(r"(?:\b(?:e\.g|i\.e|vs|cf|al|Fig|Figs|Dr|No|Nos|approx|ca|St|spp?|[A-Z])\.)$")
 
@@ -45,6 +47,11 @@ def sentences(text: str) -> list[str]:
         elif piece:
             parts.append(piece)
     return parts
+
+
+def seed_words(seed: Any) -> int:
+    """Words of a seed's row, to tell how much training text a row of its kind is."""
+    return sum(len(text.split()) for text in (seed.instruction, seed.input, seed.output))
 
 
 def cut(text: str, max_words: int) -> str:
@@ -206,7 +213,10 @@ class Synthesizer:
             low, high = 15, self.recipe.retrieval.chunk_words
         else:
             low, high = kind.min_words, kind.max_words
-        wanted = math.ceil(self.recipe.examples * self.recipe.instructions.candidates / max(1, len(self.kinds)))
+        count = self.recipe.examples / max(1, len(self.kinds))
+        if kind is not None and self.recipe.instructions.shares != "rows":
+            count = self.targets()[f"k{kind.id:02d}"]
+        wanted = math.ceil(count * self.recipe.instructions.candidates)
         seen = {normalise(seed.input) for seed in self.seeds}
         for seed in self.seeds:
             seen |= {normalise(value) for _, value in split_fields(seed.input) or []}
@@ -274,9 +284,16 @@ class Synthesizer:
         novel = round(self.recipe.examples * self.recipe.instructions.novel)
         if not self.kinds:
             novel = self.recipe.examples
-        share, extra = divmod(self.recipe.examples - novel, max(1, len(self.kinds)))
-        found = {f"k{kind.id:02d}": share + (i < extra) for i, kind in enumerate(self.kinds)}
-        return {"novel": novel} | found
+        parts = [1.0] * len(self.kinds)
+        if self.recipe.instructions.shares == "words":
+            parts = [1 / statistics.mean(seed_words(seed) for seed in kind.seeds) for kind in self.kinds]
+        exact = [(self.recipe.examples - novel) * part / sum(parts) for part in parts]
+        counts = [math.floor(value) for value in exact]
+        # What rounding down left goes to the largest remainders, the first among equals.
+        order = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
+        for i in order[: self.recipe.examples - novel - sum(counts) if parts else 0]:
+            counts[i] += 1
+        return {"novel": novel} | {f"k{kind.id:02d}": counts[i] for i, kind in enumerate(self.kinds)}
 
     @staticmethod
     def item_id(round: int, source: str, number: int) -> str:
@@ -330,6 +347,17 @@ class Synthesizer:
             n=n,
             stop=stop,
             seed=number_of(self.recipe.seed, identity, bits=31),
+        )
+
+    def anchor_params(self, opening: str) -> Any:
+        """How the base goes on from an opening: plain sampling, so that its own distribution is what is met."""
+        return self._params(
+            f"anchor/{opening}",
+            temperature=1.0,
+            top_p=1.0,
+            max_tokens=ANCHOR_TOKENS,
+            n=ANCHOR_SAMPLES,
+            stop=(),
         )
 
     def _instruction_job(self, number: int) -> Job | None:

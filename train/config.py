@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,6 +34,9 @@ class TrainConfig:
     count optimizer steps; 0 means only at the end of each epoch. ``patience`` validations in a row without a new lowest
     loss end the run (0: never); ``keep_best`` gives the weights of the lowest validation loss, not of the last step. A
     checkpoint is also written when the last one is ``checkpoint_seconds`` old.
+
+    ``anchor`` weighs, beside the loss of the rows, how far the next-token distributions on anchor texts have moved from
+    the base's: the mean of KL(base ‖ tuned) over ``anchor_tokens`` positions a step (0: no anchor).
     """
 
     method: str = "lora"
@@ -63,6 +67,8 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     max_grad_norm: float = 1.0
+    anchor: float = 0.0
+    anchor_tokens: int = 192
     z_loss: float = 0.0
     val_fraction: float = 0.0
     val_interval: int = 0
@@ -89,6 +95,9 @@ class TrainConfig:
         _require(self.long_examples in LONG_EXAMPLES, "long_examples", self.long_examples, ", ".join(LONG_EXAMPLES))
         _require(self.normalise in NORMALISATIONS, "normalise", self.normalise, ", ".join(NORMALISATIONS))
         _require(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "above 0 (inf: no clipping)")
+        _require(0 <= self.anchor < math.inf, "anchor", self.anchor, "0 (none) or more")
+        _require(self.anchor_tokens > 0, "anchor_tokens", self.anchor_tokens, "1 or more")
+        _require(not self.anchor or self.method == "lora", "anchor", self.anchor, '0 with method "full"')
         _require(0 <= self.val_fraction < 1, "val_fraction", self.val_fraction, "from 0 to below 1")
         _require(self.recompute in RECOMPUTE, "recompute", self.recompute, ", ".join(RECOMPUTE))
         _require(self.patience >= 0, "patience", self.patience, "0 (never stop early) or more")
@@ -111,6 +120,7 @@ class StepReport:
     tokens_per_s: float
     mfu: float
     val_loss: float | None = None
+    anchor_loss: float | None = None
 
 
 @dataclass(frozen=True)

@@ -26,16 +26,23 @@ NORMALISATIONS = ("tokens", "examples")
 
 @dataclass(frozen=True)
 class TrainExample:
-    """Token ids of one row. ``weight`` multiplies its loss; ``name`` is how messages call it."""
+    """Token ids of one row. ``weight`` multiplies its loss; ``name`` is how messages call it. ``counted`` says of each
+    response token whether it carries a loss (empty: all do): a conversation's later prompts are read, not learned."""
 
     prompt_ids: Sequence[int]
     response_ids: Sequence[int]
     weight: float = 1.0
     name: str = ""
+    counted: Sequence[bool] = ()
 
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
+
+    @property
+    def num_targets(self) -> int:
+        """Response tokens that carry a loss."""
+        return sum(map(bool, self.counted)) if self.counted else len(self.response_ids)
 
 
 @dataclass(frozen=True)
@@ -110,12 +117,17 @@ def fit_examples(
         prompt, response = list(example.prompt_ids), list(example.response_ids)
         if not response:
             raise InputError(f"{name}: the response is empty; remove the row or give it an answer")
+        counted = tuple(map(bool, example.counted))
+        if counted and (len(counted) != len(response) or not any(counted)):
+            raise InputError(
+                f"{name}: of {len(response)} response tokens {sum(counted)} of {len(counted)} carry a loss"
+            )
         if not np.isfinite(example.weight) or example.weight < 0:
             raise InputError(f"{name}: weight {example.weight} is not a number of at least 0")
         if not prompt:  # something must predict the first token
-            if len(response) < 2:
+            if len(response) < 2 or (counted and not any(counted[1:])):
                 raise InputError(f"{name}: the prompt is empty and the response has one token; nothing can be learned")
-            prompt, response = response[:1], response[1:]
+            prompt, response, counted = response[:1], response[1:], counted[1:]
         length = len(prompt) + len(response)
         longest = max(longest, length)
         if length > max_length:
@@ -129,7 +141,7 @@ def fit_examples(
                 continue
             prompt = prompt[-room:]
             truncated += 1
-        kept.append(TrainExample(prompt, response, example.weight, name))
+        kept.append(TrainExample(prompt, response, example.weight, name, counted))
     if not kept:
         raise InputError(
             f"all {len(examples)} rows are longer than max_length {max_length} (longest {longest}); raise max_length"
@@ -145,6 +157,8 @@ def fingerprint_examples(examples: Sequence[TrainExample]) -> str:
         digest.update(np.asarray(example.prompt_ids, np.int64).tobytes())
         digest.update(np.asarray(example.response_ids, np.int64).tobytes())
         digest.update(np.float64(example.weight).tobytes())
+        if example.counted:
+            digest.update(np.asarray(example.counted, np.bool_).tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -230,10 +244,10 @@ def build_micro_batches(
     if normalise == "tokens":
         per_token = [e.weight for e in examples]
     elif normalise == "examples":
-        per_token = [e.weight / len(e.response_ids) for e in examples]
+        per_token = [e.weight / e.num_targets for e in examples]
     else:
         raise InputError(f"normalise: {normalise!r}; allowed: {', '.join(NORMALISATIONS)}")
-    total = sum(w * len(e.response_ids) for w, e in zip(per_token, examples, strict=True))
+    total = sum(w * e.num_targets for w, e in zip(per_token, examples, strict=True))
     scale = 1.0 / total if total > 0 else 0.0
     micro_batches = []
     for indices in pack([e.num_tokens for e in examples], max_batch_tokens) if bins is None else bins:
@@ -242,9 +256,10 @@ def build_micro_batches(
             prompt, response = list(examples[i].prompt_ids), list(examples[i].response_ids)
             sequences.append(prompt + response[:-1])  # nothing is predicted from the last token
             first = start + len(prompt) - 1
-            loss_rows.append(np.arange(first, first + len(response)))
-            targets.append(np.asarray(response, np.int64))
-            weights.append(np.full(len(response), per_token[i] * scale, np.float32))
+            places = np.flatnonzero(examples[i].counted) if examples[i].counted else np.arange(len(response))
+            loss_rows.append(first + places)
+            targets.append(np.asarray(response, np.int64)[places])
+            weights.append(np.full(len(places), per_token[i] * scale, np.float32))
             start += len(sequences[-1])
         tensors = upload(
             {

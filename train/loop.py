@@ -24,6 +24,7 @@ from specialize.errors import InputError
 
 from ..engine.staging import remove_abandoned
 from ..kernels.cross_entropy import linear_cross_entropy
+from .anchor import Anchor
 from .checkpoint import load_checkpoint, save_checkpoint, write_atomic
 from .config import LossNotFiniteError, StepReport, TrainConfig, TrainResult
 from .data import (
@@ -80,11 +81,14 @@ def tune(
     resume: bool = True,
     on_step: Callable[[StepReport], None] | None = None,
     ranks: Ranks = ALONE,
+    anchors: Sequence[Sequence[int]] = (),
 ) -> TrainResult:
     """Trains on ``examples`` and writes an adapter, or with method "full" a checkpoint, to the folder ``out``, with
     metrics.jsonl beside it. ``base_model`` is the name that the adapter's file gives its base; ``source``, its folder
     or file, lends a checkpoint its tokenizer. Method "full" changes ``model`` itself. With ``ranks`` of several
     processes each takes its share of every step; the first one writes and calls ``on_step``, and all return the result.
+
+    ``anchors`` are texts as token ids for ``config.anchor``.
 
     With ``resume`` a run that was interrupted goes on from its checkpoint, and one that had ended returns its result at
     once. Raises InputError for unusable rows or settings, and for a checkpoint made with others; LossNotFiniteError
@@ -92,7 +96,7 @@ def tune(
     """
     trainer = Trainer(
         model, examples, config, out, val_examples=val_examples, base_model=base_model, source=source, on_step=on_step,
-        ranks=ranks,
+        ranks=ranks, anchors=anchors,
     )  # fmt: skip
     with ranks.watched():
         return trainer.run(resume=resume)
@@ -117,6 +121,7 @@ class Trainer:
         on_step: Callable[[StepReport], None] | None = None,
         shuffle: bool = True,
         ranks: Ranks = ALONE,
+        anchors: Sequence[Sequence[int]] = (),
     ) -> None:
         self.model, self.config, self.out, self.shuffle, self.ranks = model, config, Path(out), shuffle, ranks
         self.base_model, self.source, self.on_step = base_model, source, on_step
@@ -138,6 +143,11 @@ class Trainer:
         self.num_warmup_steps = math.ceil(config.warmup_ratio * self.num_steps) if config.warmup_ratio else 0
         if (config.keep_best or config.patience) and not self.val_examples:
             raise InputError("keep_best and patience need validation rows: set val_fraction above 0 or give some")
+        self.anchor = None
+        if config.anchor:
+            if ranks.size > 1:
+                raise InputError("anchor: goes with one process; set it to 0 to train with several")
+            self.anchor = Anchor(model, anchors, tokens=config.anchor_tokens, seed=config.seed)
         self.fingerprint = self._fingerprint()  # before full fine-tuning makes the weights its own
         self.plan = plan_on_device(
             model.config, config, largest_micro_batch(self.examples, config), dtype=model.dtype, device=model.device,
@@ -208,12 +218,17 @@ class Trainer:
         trainable.training = True
         trainable.gradient.zero_()
         losses = []
+        drift = torch.zeros((), device=trainable.flat.device)
         for micro_id, micro in enumerate(share.micro_batches, share.first_id):
             trainable.set_dropout_seed(_mix(config.seed, step, micro_id))
             loss = self._loss(micro)
             self.scaler.scale(loss).backward()
             trainable.collect()
             losses.append(loss.detach())
+        if self.anchor is not None:
+            drift = self.anchor.loss(step, trainable.adapters, self.plan.recompute_layers)
+            self.scaler.scale(config.anchor * drift).backward()
+            trainable.collect()
         self.ranks.sum_(trainable.gradient)
         rate = config.learning_rate * learning_rate_factor(
             step, num_steps=self.num_steps, num_warmup_steps=self.num_warmup_steps, schedule=config.schedule,
@@ -231,7 +246,9 @@ class Trainer:
         self.state.step += 1
         pending = _Pending(
             step=self.state.step,
-            numbers=_to_host(torch.cat([norm[None], share.all_losses(losses, self.ranks)])),
+            numbers=_to_host(
+                torch.cat([drift.detach().float()[None], norm[None], share.all_losses(losses, self.ranks)])
+            ),
             learning_rate=rate,
             names=share.names,
             tokens=share.tokens,
@@ -268,7 +285,7 @@ class Trainer:
             own=len(dealt[rank]),
             names=tuple(tuple(examples[i].name for i in indices) for bins in dealt for indices in bins),
             tokens=sum(e.num_tokens for e in examples),
-            response_tokens=sum(len(e.response_ids) for e in examples),
+            response_tokens=sum(e.num_targets for e in examples),
         )
 
     def _loss(self, micro: MicroBatch) -> torch.Tensor:
@@ -348,6 +365,7 @@ class Trainer:
             tokens_per_s=pending.tokens / max(seconds, 1e-9),
             mfu=self._utilisation(pending.tokens, pending.response_tokens, seconds),
             val_loss=val_loss,
+            anchor_loss=pending.drift if self.anchor is not None else None,
         )
         if self.ranks.is_first:
             with open(self.out / METRICS_FILE, "a", encoding="utf-8") as file:
@@ -377,6 +395,8 @@ class Trainer:
         mark = hashlib.sha256(sample.float().cpu().numpy().tobytes()).hexdigest()  # two bases may have one shape
         quantized = [str(self.model.quantization)] * (self.model.quantization is not None)
         shape = " ".join((str(self.model.dtype), str(self.model.config), mark, *quantized))
+        if self.anchor is not None:
+            shape += hashlib.sha256(json.dumps(self.anchor.texts).encode()).hexdigest()
         return hashlib.sha256(f"{json.dumps(settings, sort_keys=True)}|{rows}|{shape}".encode()).hexdigest()[:16]
 
     def _save(self) -> None:
@@ -527,7 +547,8 @@ class _Share:
 
 @dataclass
 class _Pending:
-    """Numbers of a step that may still be on their way from the device: gradient norm, then a loss per micro-batch."""
+    """Numbers of a step that may still be on their way from the device: anchor loss, gradient norm, a loss per
+    micro-batch."""
 
     step: int
     numbers: tuple[torch.Tensor, Any]
@@ -542,10 +563,16 @@ class _Pending:
         return self.numbers[1] is None
 
     def wait(self) -> list[float]:
+        """Gradient norm, then the losses."""
         values, event = self.numbers
         if event is not None:
             event.synchronize()
-        return values.tolist()
+        return values[1:].tolist()
+
+    @property
+    def drift(self) -> float:
+        """The anchor loss; to be asked for after `wait`."""
+        return float(self.numbers[0][0])
 
 
 def _to_host(values: torch.Tensor) -> tuple[torch.Tensor, Any]:

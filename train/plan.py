@@ -54,7 +54,7 @@ def largest_micro_batch(examples: Sequence[TrainExample], train: TrainConfig) ->
     """The most that one micro-batch of these rows can hold."""
     lengths = sorted((e.num_tokens for e in examples), reverse=True)[: train.batch_size]
     tokens = min(sum(lengths), max(train.max_batch_tokens, lengths[0]))
-    responses = sorted((len(e.response_ids) for e in examples), reverse=True)[: train.batch_size]
+    responses = sorted((e.num_targets for e in examples), reverse=True)[: train.batch_size]
     return BatchShape(tokens, min(tokens, sum(responses)))
 
 

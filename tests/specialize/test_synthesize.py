@@ -53,6 +53,17 @@ def maker(*settings, count=30):
     return Synthesizer(recipe, kinds_of(SEEDS), documents(count))
 
 
+def test_kinds_share_rows_or_words():
+    assert maker().targets() == {"novel": 0, "k00": 5, "k01": 5}
+    by_words = maker("instructions.shares=words").targets()
+    words = [
+        sum(len(f"{s.instruction} {s.input} {s.output}".split()) for s in k) / len(k) for k in (SEEDS[:2], SEEDS[2:])
+    ]
+    assert by_words["k00"] + by_words["k01"] == 10
+    assert abs(by_words["k00"] * words[0] - by_words["k01"] * words[1]) <= max(words)
+    assert by_words["k00"] > by_words["k01"]
+
+
 def test_sentences_and_cutting():
     assert sentences(TEXT) == [
         "Dr. Smith et al. found gout in 5 of 9 men, e.g. old ones.",

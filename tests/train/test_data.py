@@ -83,6 +83,9 @@ def test_long_rows_are_cut_on_the_left_or_dropped_and_counted():
         (TrainExample([1, 2], [], name="seed 7"), "seed 7: the response is empty"),
         (TrainExample([], [5]), "row 1: the prompt is empty"),
         (TrainExample([1], [2], weight=float("nan")), "row 1: weight nan"),
+        (TrainExample([1], [2, 3], counted=[True]), "row 1: of 2 response tokens 1 of 1 carry a loss"),
+        (TrainExample([1], [2, 3], counted=[False, False]), "row 1: of 2 response tokens 0 of 2 carry a loss"),
+        (TrainExample([], [2, 3], counted=[True, False]), "row 1: the prompt is empty"),
     ],
 )
 def test_unusable_rows_are_named(example, said):
@@ -129,6 +132,8 @@ def test_fingerprints_see_ids_borders_and_weights():
         for e in (base, [TrainExample([1], [2, 3])], [TrainExample([1, 2], [4])], [TrainExample([1, 2], [3], 2.0)])
     }
     assert len(prints) == 4 and fingerprint_examples(base) in prints
+    halves = [fingerprint_examples([TrainExample([1], [2, 3], counted=c)]) for c in ((True, False), (False, True), ())]
+    assert len(set(halves)) == 3
 
 
 class Letters:

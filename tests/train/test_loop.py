@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -62,6 +63,27 @@ def test_the_loss_is_the_mean_over_response_tokens(tiny, tmp_path):
     trainer = Trainer(model, examples, TrainConfig(**QUICK), tmp_path)
     _, *losses = trainer.train_step().wait()
     assert sum(losses) == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("normalise", ["tokens", "examples"])
+def test_only_counted_tokens_of_a_conversation_carry_a_loss(normalise, tiny, tmp_path):
+    theirs, model = tiny()
+    plain = rows(3)
+    talk = TrainExample(range(3, 9), range(20, 32), name="talk", counted=[True, True] + [False] * 7 + [True] * 3)
+    examples = [*plain, replace(talk, weight=2.0)]
+    total = scale = 0.0
+    for e in examples:
+        with torch.no_grad():
+            logp = theirs(torch.tensor([[*e.prompt_ids, *e.response_ids]])).logits[0].log_softmax(-1)
+        counted = [i for i in range(len(e.response_ids)) if not e.counted or e.counted[i]]
+        weight = e.weight if normalise == "tokens" else e.weight / len(counted)
+        total -= weight * sum(float(logp[len(e.prompt_ids) + i - 1, e.response_ids[i]]) for i in counted)
+        scale += weight * len(counted)
+    trainer = Trainer(model, examples, TrainConfig(**(QUICK | {"normalise": normalise})), tmp_path)
+    pending = trainer.train_step()
+    _, *losses = pending.wait()
+    assert sum(losses) == pytest.approx(total / scale, rel=1e-5)
+    assert pending.response_tokens == sum(len(e.response_ids) for e in plain) + 5
 
 
 def test_recomputed_layers_give_the_same_gradient(tiny, tmp_path):
