@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -73,6 +74,9 @@ class Run:
         self.log_level = log_level
         self.seeds = read_seeds(inputs["seeds"])
         self.tasks = read_tasks(inputs["tasks"])
+        self.held_out = held_out(self.seeds, recipe.holdout, recipe.seed)
+        if self.held_out:
+            self.seeds = [seed for seed in self.seeds if seed not in self.held_out]
         self.kinds = kinds_of(self.seeds)
         if not Path(inputs["corpus"]).exists():
             raise InputError(f"corpus: no such file or folder: {inputs['corpus']}")
@@ -116,6 +120,8 @@ class Run:
             base["quantize"] = self.recipe.quantize
         if self.recipe.kv_dtype != "auto":
             base["kv_dtype"] = self.recipe.kv_dtype
+        if self.recipe.holdout:
+            base["holdout"] = self.recipe.holdout
         standard = Recipe().to_dict()
         for section, names in YOUNGER.items():
             for name in names:
@@ -244,6 +250,8 @@ class Run:
             try:
                 for name in self.stage_names():
                     stage, round = _split(name)
+                    if self._gained_nothing(round):
+                        continue
                     if STAGES.index(stage) > last or (stage in ("instructions", "responses")):
                         continue  # instructions and responses interleave with the filter, in waves
                     if stage == "filter":
@@ -268,6 +276,32 @@ class Run:
                 self._free_generator()
                 if self._pool is not None:
                     self._pool.close()
+
+    def held_out_losses(self) -> dict[int, float]:
+        """By round, the loss of the held-out seeds under the round's expert, as far as there are such."""
+        stages = self.ledger.stages()
+        found = {}
+        for round in range(1, self.recipe.rounds + 1):
+            stage = stages.get(_numbered("tune", round))
+            if self.held_out and stage is not None and stage.done:
+                found[round] = float(stage.info["held_out_loss"])
+        return found
+
+    def _gained_nothing(self, round: int) -> bool:
+        """Whether a round is left out since the one before it was no better than its own predecessor."""
+        losses = self.held_out_losses()
+        tried = [r for r in range(2, round) if r in losses and losses[r] >= losses[r - 1]]
+        if tried and round not in losses:
+            self.reporter.say(
+                f"round {round} is left out: held-out seeds' loss {losses[tried[0] - 1]:.4f} → {losses[tried[0]]:.4f} "
+                f"in round {tried[0]}"
+            )
+        return bool(tried)
+
+    def final_round(self) -> int:
+        """The round whose expert is the run's: the best on held-out seeds, without such the last."""
+        losses = self.held_out_losses()
+        return min(losses, key=lambda round: (losses[round], round)) if losses else self.recipe.rounds
 
     def _stage(self, name: str, work: Callable[[int], dict[str, Any]], round: int) -> None:
         """Run one stage unless it is done; the time it took is kept even when it is interrupted."""
@@ -495,8 +529,12 @@ class Run:
 
             found = _Counter(show)
             result = train(
-                model, rows, config, out, base_model=str(self.inputs["model"]), on_step=found, anchors=anchors
-            )
+                model, rows, config, out, base_model=str(self.inputs["model"]), on_step=found, anchors=anchors,
+                val_examples=encode(tokenizer, seed_examples(self.held_out)) if self.held_out else None,
+            )  # fmt: skip
+        if self.held_out:  # the loss of the weights that were kept
+            by_step = dict(result["val_losses"])
+            result["held_out_loss"] = by_step[result["steps"] if result["best_step"] is None else result["best_step"]]
         result |= {"epochs": epochs, "rows": count, "learning_rate": config.learning_rate, "rank": config.rank}
         return result
 
@@ -507,7 +545,7 @@ class Run:
             return []
         jobs = [
             Job(
-                item_id=f"anchor-{fingerprint(self.recipe.seed, opening)}",
+                item_id=f"anchor-{fingerprint(self.recipe.seed, settings.anchor_tokens, opening)}",
                 purpose="anchor",
                 prompt=opening,
                 params=self.synthesizer.anchor_params(opening),
@@ -765,8 +803,8 @@ class Run:
         return info
 
     def _publish(self) -> None:
-        """``adapter/`` is the last round's adapter, without the training state."""
-        round = self.recipe.rounds
+        """``adapter/`` is the final round's adapter, without the training state."""
+        round = self.final_round()
         target, temporary = self.folder / "adapter", self.folder / "adapter.tmp"
         stage = self.ledger.stages().get(_numbered("tune", round))
         if stage is None or not stage.done:
@@ -786,7 +824,7 @@ class Run:
     def _control(self) -> None:
         """Make the control unless there is one of the right number of tokens (another round may have changed it)."""
         stages = self.ledger.stages()
-        wanted = float(stages[_numbered("tune", self.recipe.rounds)].info["tokens"])
+        wanted = float(stages[_numbered("tune", self.final_round())].info["tokens"])
         have = stages.get("control")
         if have is not None and have.done and abs(have.info["wanted_tokens"] - wanted) > EQUAL_TOKENS * wanted:
             shutil.rmtree(self.folder / "control", ignore_errors=True)
@@ -796,7 +834,7 @@ class Run:
     def _do_control(self, _: int) -> dict[str, Any]:
         """The base tuned on the seeds alone for as many tokens as the expert; the teacher itself if it had as many."""
         stages = self.ledger.stages()
-        wanted = float(stages[_numbered("tune", self.recipe.rounds)].info["tokens"])
+        wanted = float(stages[_numbered("tune", self.final_round())].info["tokens"])
         teacher = stages.get("teacher")
         if (
             teacher is not None
@@ -825,7 +863,7 @@ class Run:
             if stage is None or not stage.done:
                 continue
             folder = str(self._round_folder(round))
-            last = round == self.recipe.rounds
+            last = round == self.final_round()
             name = "expert" if last else f"round {round}"
             found.append(System(name, folder, _adapter_identity(folder), name))
         return found
@@ -928,7 +966,14 @@ class Run:
         if {"base", "expert"} <= set(reports):
             shots = self.recipe.evaluate.shots[0]
             found["examples"] = telling_examples(reports["expert"], reports["base"], self.tasks, shots)
-        stage = self.ledger.stages().get(_numbered("tune", self.recipe.rounds))
+        losses = self.held_out_losses()
+        if len(losses) > 1:
+            found["rounds"] = {
+                "held_out_loss": {str(round): loss for round, loss in losses.items()},
+                "taken": self.final_round(),
+                "wanted": self.recipe.rounds,
+            }
+        stage = self.ledger.stages().get(_numbered("tune", self.final_round()))
         if stage is not None:
             found["contamination"] = stage.info.get("contamination", {})
         return found
@@ -995,6 +1040,19 @@ class _Clock:
             yield
         finally:
             self.ledger.add_seconds(name, time.monotonic() - started)
+
+
+def held_out(seeds: Sequence[Any], share: float, seed: int) -> list[Any]:
+    """``share`` of each kind's seeds, rounded, but at least one and never all; none of a kind with a single seed."""
+    found = []
+    by_kind: dict[str, list[Any]] = {}
+    for row in seeds:
+        by_kind.setdefault(row.kind, []).append(row)
+    for kind, rows in by_kind.items():
+        if share and len(rows) > 1:
+            count = min(max(1, round(share * len(rows))), len(rows) - 1)
+            found += random.Random(number_of(seed, "holdout", kind)).sample(rows, count)
+    return found
 
 
 def _numbered(stage: str, round: int) -> str:

@@ -153,13 +153,19 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything a run depends on besides its input files."""
+    """Everything a run depends on besides its input files.
+
+    ``holdout`` is the share of each kind's seeds, at least one, that nothing is made of: their loss under each round's
+    expert decides which round's is taken and whether a third or later one is begun; ``tune.keep_best`` and
+    ``tune.patience`` look at it, too.
+    """
 
     name: str = "recipe"
     description: str = ""
     seed: int = 0
     examples: int = 300
     rounds: int = 1
+    holdout: float = 0.0
     dtype: str = "auto"
     quantize: str = "none"
     kv_dtype: str = "auto"
@@ -201,6 +207,7 @@ _MAX_BYTES = 1 << 20
 _BOUNDS: dict[str, tuple[float, float | None]] = {
     "examples": (1, None),
     "rounds": (1, 100),
+    "holdout": (0, 0.5),
     "retrieval.chunk_words": (8, None),
     "retrieval.overlap_words": (0, None),
     "instructions.novel": (0, 1),
@@ -364,9 +371,14 @@ def _check_whole(recipe: Recipe, source: str, lines: Mapping[str, int] | None = 
         "filter.min_words", "filter.max_words",
     )  # fmt: skip
     require(
-        recipe.tune.validation > 0 or not (recipe.tune.patience or recipe.tune.keep_best),
-        "tune.patience and tune.keep_best need rows to validate on; set tune.validation to 0.1",
+        recipe.tune.validation > 0 or recipe.holdout > 0 or not (recipe.tune.patience or recipe.tune.keep_best),
+        "tune.patience and tune.keep_best need rows to validate on; set tune.validation to 0.1, or holdout",
         "tune.patience", "tune.keep_best", "tune.validation",
+    )  # fmt: skip
+    require(
+        not (recipe.tune.validation and recipe.holdout),
+        "tune.validation holds out rows and holdout seeds; set one of them to 0",
+        "tune.validation", "holdout",
     )  # fmt: skip
     return recipe
 

@@ -27,7 +27,7 @@ from .prompts import STOP, clean_reply, input_prompt, instruction_prompt, parse_
 from .recipe import Recipe
 from .records import Verdict
 
-ANCHOR_SAMPLES, ANCHOR_TOKENS = 2, 96  # texts from each opening, and their length
+ANCHOR_SAMPLES, ANCHOR_TOKENS = 2, 96  # texts from each opening, and how long they may be
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9])")
 _ABBREVIATION = re.compile(r"(?:\b(?:e\.g|i\.e|vs|cf|al|Fig|Figs|Dr|No|Nos|approx|ca|St|spp?|[A-Z])\.)$")
 
@@ -355,7 +355,7 @@ class Synthesizer:
             f"anchor/{opening}",
             temperature=1.0,
             top_p=1.0,
-            max_tokens=ANCHOR_TOKENS,
+            max_tokens=min(ANCHOR_TOKENS, self.recipe.tune.anchor_tokens),
             n=ANCHOR_SAMPLES,
             stop=(),
         )

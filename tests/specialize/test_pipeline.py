@@ -19,8 +19,14 @@ from specialize.export import export
 from specialize.ledger import Ledger, run_lock
 from specialize.pipeline import Run
 from specialize.progress import Reporter
+from specialize.prompts import openings
 from specialize.recipe import override, read_recipe
+<<<<<<< HEAD
 from specialize.records import Seed, file_fingerprint
+=======
+from specialize.records import Seed
+from specialize.synthesize import ANCHOR_SAMPLES
+>>>>>>> ceb1294 (Held-out seeds decide which round is taken and whether a further one is begun; the anchor's texts as long as asked for)
 
 
 def open_run(tiny, folder, *settings, **inputs):
@@ -82,6 +88,9 @@ VARIANT = (
     "validation=0.2",
     "patience=1",
     "epochs=3",
+    "demonstrations=2",
+    "anchor=0.5",
+    "anchor_tokens=12",
 )
 
 
@@ -94,6 +103,13 @@ def test_a_recipe_s_variants_reach_every_training(finished, tiny, tmp_path):
         assert config["use_dora"], part
     with Ledger(tmp_path / "run" / "ledger.sqlite") as ledger:
         stages = ledger.stages()
+        texts = ledger.replies("anchor")
+    assert len(texts) == len(openings()) and all(len(replies) == ANCHOR_SAMPLES for replies in texts.values())
+    drifts = {}
+    for part in ("teacher", "rounds/1", "control"):
+        metrics = [json.loads(line) for line in (tmp_path / "run" / part / "metrics.jsonl").read_text().splitlines()]
+        drifts[part] = [line["anchor_loss"] for line in metrics if "anchor_loss" in line]
+    assert not drifts["teacher"] and drifts["rounds/1"][-1] > 0 and drifts["control"][-1] > 0
     for name in ("teacher", "tune"):
         assert stages[name].info["best_step"] is not None
         assert stages[name].info["val_losses"]
@@ -101,6 +117,32 @@ def test_a_recipe_s_variants_reach_every_training(finished, tiny, tmp_path):
     # at their defaults they are left out, so that runs made before there were such settings still stand
     with Ledger(finished[0] / "ledger.sqlite") as ledger:
         assert "tune.dora" not in ledger.stages()["tune"].settings
+
+
+def test_held_out_seeds_decide_which_round_is_taken(tiny, tmp_path):
+    settings = ["rounds=3", "holdout=0.25", "tune.teacher_epochs=2", "evaluate.limit=1", "evaluate.seeds_only=false"]
+    run = open_run(tiny, tmp_path / "run", *settings, "retrieval.mode='off'")
+    said = []
+    run.reporter.say = said.append
+    assert {s.output for s in run.held_out} <= {"yes", "no"} and len(run.held_out) + len(run.seeds) == 8
+    assert len(run.held_out) == 2
+    result = run.execute(until="evaluate")
+    with Ledger(tmp_path / "run" / "ledger.sqlite") as ledger:
+        stages, items = ledger.stages(), ledger.items()
+    assert stages["teacher"].info["num_examples"] == 6 and stages["teacher"].info["num_val_examples"] == 2
+    losses = [stages[name].info["held_out_loss"] for name in ("tune", "tune-2", "tune-3") if name in stages]
+    assert len(losses) == (2 if losses[1] >= losses[0] else 3)
+    assert any("round 3 is left out" in text for text in said) == (len(losses) == 2)
+    taken = losses.index(min(losses)) + 1
+    assert result["rounds"]["taken"] == taken and list(result["rounds"]["held_out_loss"].values()) == losses
+    file = "adapter_model.safetensors"
+    adapter = (tmp_path / "run" / "adapter" / file).read_bytes()
+    assert adapter == (tmp_path / "run" / "rounds" / str(taken) / file).read_bytes()
+    assert set(result["systems"]) == {"base", "expert"} | {
+        f"round {i + 1}" for i in range(len(losses)) if i + 1 != taken
+    }
+    shown = {seed.id for seed in run.held_out}
+    assert not any(shown & set(item.provenance.get("seeds", [])) for item in items)
 
 
 def front_matter(path):

@@ -3,7 +3,7 @@
 from collections import Counter
 
 import pytest
-from conftest import write_model
+from domain import write_model
 from specialize.engine.tokenizer import Tokenizer
 
 from specialize.prompts import example_prompt
