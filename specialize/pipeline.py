@@ -32,12 +32,11 @@ from .ledger import Item, Ledger, run_lock
 from .log import LOGGER, run_log
 from .metrics import rouge_words
 from .progress import Reporter
-from .prompts import openings
 from .recipe import INPUTS, YOUNGER, Recipe, write_recipe
 from .records import Example, file_fingerprint, fingerprint, read_seeds, read_tasks
 from .seal import sealed_ledger
 from .share import Donors
-from .synthesize import ANCHOR_SAMPLES, Job, Synthesizer, number_of, run_jobs
+from .synthesize import ANCHOR_SAMPLES, Job, Synthesizer, anchor_jobs, number_of, run_jobs
 from .tune import encode, encode_grouped, encode_rows, epoch_tokens, seed_examples, train, train_config
 from .workers import Spread, WorkerPool
 
@@ -540,18 +539,9 @@ class Run:
 
     def _anchor_texts(self) -> list[str]:
         """Texts that the base writes from the openings, two of each."""
-        settings = self.recipe.tune
-        if not settings.anchor:
+        if not self.recipe.tune.anchor:
             return []
-        jobs = [
-            Job(
-                item_id=f"anchor-{fingerprint(self.recipe.seed, settings.anchor_tokens, opening)}",
-                purpose="anchor",
-                prompt=opening,
-                params=self.synthesizer.anchor_params(opening),
-            )
-            for opening in openings()
-        ]
+        jobs = anchor_jobs(self.recipe)
         with self.reporter.bar("anchor texts", len(jobs) * ANCHOR_SAMPLES) as bar:
             run_jobs(self.generator, jobs, self.ledger, origin=self._origin(None), on_reply=lambda _: bar.advance())
         replies = self.ledger.replies("anchor", [job.item_id for job in jobs])

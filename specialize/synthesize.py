@@ -23,7 +23,15 @@ from . import filter as rules
 from .kinds import Kind, agreement, consensus, split_fields
 from .ledger import Item, Ledger, Reply
 from .metrics import entities, normalise
-from .prompts import STOP, clean_reply, input_prompt, instruction_prompt, parse_instruction, response_prompt
+from .prompts import (
+    STOP,
+    clean_reply,
+    input_prompt,
+    instruction_prompt,
+    openings,
+    parse_instruction,
+    response_prompt,
+)
 from .recipe import Recipe
 from .records import Verdict
 
@@ -141,6 +149,27 @@ def run_jobs(
             if on_reply is not None:
                 on_reply(reply)
     return written
+
+
+def anchor_jobs(recipe: Recipe) -> list[Job]:
+    """Prompts for texts of no domain: the base goes on from the openings by plain sampling, its own distribution."""
+    from .engine.sampler import SamplingParams
+
+    length = min(ANCHOR_TOKENS, recipe.tune.anchor_tokens)
+    return [
+        Job(
+            item_id=f"anchor-{number_of(recipe.seed, length, opening):x}",
+            purpose="anchor",
+            prompt=opening,
+            params=SamplingParams(
+                max_tokens=length,
+                temperature=1.0,
+                n=ANCHOR_SAMPLES,
+                seed=number_of(recipe.seed, "anchor", opening, bits=31),
+            ),
+        )
+        for opening in openings()
+    ]
 
 
 class Synthesizer:
@@ -347,17 +376,6 @@ class Synthesizer:
             n=n,
             stop=stop,
             seed=number_of(self.recipe.seed, identity, bits=31),
-        )
-
-    def anchor_params(self, opening: str) -> Any:
-        """How the base goes on from an opening: plain sampling, so that its own distribution is what is met."""
-        return self._params(
-            f"anchor/{opening}",
-            temperature=1.0,
-            top_p=1.0,
-            max_tokens=min(ANCHOR_TOKENS, self.recipe.tune.anchor_tokens),
-            n=ANCHOR_SAMPLES,
-            stop=(),
         )
 
     def _instruction_job(self, number: int) -> Job | None:
