@@ -21,12 +21,8 @@ from specialize.pipeline import Run
 from specialize.progress import Reporter
 from specialize.prompts import openings
 from specialize.recipe import override, read_recipe
-<<<<<<< HEAD
 from specialize.records import Seed, file_fingerprint
-=======
-from specialize.records import Seed
 from specialize.synthesize import ANCHOR_SAMPLES
->>>>>>> ceb1294 (Held-out seeds decide which round is taken and whether a further one is begun; the anchor's texts as long as asked for)
 
 
 def open_run(tiny, folder, *settings, **inputs):
