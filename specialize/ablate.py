@@ -77,14 +77,19 @@ def _shown(value: Any) -> str:
 
 
 def variants_of(recipe: Recipe, variants: Sequence[Variant]) -> list[tuple[Variant, Recipe]]:
-    """Each variant with its recipe, all settings checked; without those that change nothing."""
+    """Each variant with its recipe, all settings checked; without those that change nothing. The control on the seeds
+    alone is the recipe's: variants make none of their own unless they ask for it."""
     found: list[tuple[Variant, Recipe]] = []
     for variant in variants:
         try:
             changed = override(recipe, variant.settings)
         except InputError as error:
             raise InputError(f"variant {variant.name}: {error}") from None
-        if changed != recipe and all(changed != other for _, other in found):
+        if changed == recipe:
+            continue
+        if "evaluate.seeds_only" not in variant.settings:
+            changed = override(changed, {"evaluate.seeds_only": False})
+        if all(changed != other for _, other in found):
             found.append((variant, changed))
     if not found:
         raise InputError("no variant differs from the recipe; name other values with --vary")

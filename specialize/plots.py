@@ -187,11 +187,13 @@ def plot_rounds(rounds: Sequence[dict[str, Any]]) -> str:
         [v - r["token_f1"]["low"] for v, r in zip(values, rounds, strict=True)],
         [r["token_f1"]["high"] - v for v, r in zip(values, rounds, strict=True)],
     ]
-    axes.errorbar([r["round"] for r in rounds], values, yerr=spans, color=BLUE, marker="o", capsize=3, label="tasks")
-    held_out = [(r["round"], r["validation"]["value"]) for r in rounds if r.get("validation")]
-    if held_out:
-        axes.plot(*zip(*held_out, strict=True), color=ORANGE, marker="s", label="held-out seeds")
-        axes.legend(frameon=False, fontsize=9)
+    axes.errorbar([r["round"] for r in rounds], values, yerr=spans, color=BLUE, marker="o", capsize=3)
+    losses = [(r["round"], r["held_out_loss"]) for r in rounds if r.get("held_out_loss") is not None]
+    if losses:
+        right = axes.twinx()
+        right.plot(*zip(*losses, strict=True), color=ORANGE, marker="s")
+        right.set_ylabel("loss on held-out seeds", color=ORANGE)
+        right.spines["top"].set_visible(False)
     axes.set_xticks([r["round"] for r in rounds])
     axes.set_xlabel("round")
     axes.set_ylabel("mean token F1, percent")

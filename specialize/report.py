@@ -80,7 +80,7 @@ def _gather(folder: Path, ledger: Ledger) -> dict[str, Any]:
         "setting": _setting(recipe, found, stages),
         "controls": _controls(found),
         "rounds": by_round,
-        "stopped": _why_it_stopped(recipe, by_round, ledger.meta("stopped")),
+        "stopped": _why_it_stopped(recipe, by_round),
         "examples": found.get("examples", []),
         "comparisons": [
             c for c in found.get("comparisons", []) if c.get("mean") and c["metric"] in ("token_f1", "entity_f1")
@@ -188,12 +188,12 @@ def _rounds(ledger: Ledger, stages: dict[str, Any], found: dict[str, Any]) -> li
     """What each finished round was made of and reached."""
     systems, rows = found.get("systems", {}), []
     done = [(int(n.partition("-")[2] or 1), s.info) for n, s in stages.items() if n.startswith("tune") and s.done]
-    best = (ledger.meta("stopped") or {}).get("best", max((number for number, _ in done), default=1))
+    taken = found.get("rounds", {}).get("taken", max((number for number, _ in done), default=1))
     for number, info in sorted(done, key=lambda pair: pair[0]):
         row: dict[str, Any] = {"round": number, "tokens": info["tokens"], "kept": ledger.counts(number).get("kept", 0)}
-        row |= {"rejected": ledger.counts(number).get("rejected", 0), "validation": info.get("validation")}
-        row |= {"loss": sum(info["losses"][-10:]) / len(info["losses"][-10:]), "chosen": number == best}
-        report = systems.get("expert" if number == best else f"round {number}")
+        row |= {"rejected": ledger.counts(number).get("rejected", 0), "held_out_loss": info.get("held_out_loss")}
+        row |= {"loss": sum(info["losses"][-10:]) / len(info["losses"][-10:]), "chosen": number == taken}
+        report = systems.get("expert" if number == taken else f"round {number}")
         if report:
             shots = report["means"][0]["shots"]
             row |= {m["metric"]: m for m in report["means"] if m["shots"] == shots}
@@ -201,21 +201,23 @@ def _rounds(ledger: Ledger, stages: dict[str, Any], found: dict[str, Any]) -> li
     return rows
 
 
-def _why_it_stopped(recipe: dict[str, Any], rounds: list[dict[str, Any]], stopped: dict[str, Any] | None) -> str:
+def _why_it_stopped(recipe: dict[str, Any], rounds: list[dict[str, Any]]) -> str:
+    """Whether all rounds were done, and if not, why the last one was the last."""
     if recipe["rounds"] == 1 or not rounds:
         return ""
-    if stopped is not None:
-        last, best = (next(r["validation"] for r in rounds if r["round"] == stopped[key]) for key in ("after", "best"))
+    losses = [row["held_out_loss"] for row in rounds]
+    if None in losses:
+        return f"{len(rounds)} of {recipe['rounds']} rounds are done; no seeds were held out to tell which is best."
+    taken = next(row["round"] for row in rounds if row["chosen"])
+    best = (
+        f"The expert is that of round {taken}, whose loss on the held-out seeds is the lowest, {losses[taken - 1]:.3f}."
+    )
+    if len(losses) > 1 and losses[-1] >= losses[-2] and len(rounds) < recipe["rounds"]:
         return (
-            f"It stopped after round {stopped['after']} of at most {recipe['rounds']}: on {last['n']} seeds that no "
-            f"model was tuned on, that round's expert has {last['value']:.1f}, no more than the {best['value']:.1f} of "
-            f"round {stopped['best']}, whose adapter is the expert."
+            f"It stopped after round {len(rounds)} of at most {recipe['rounds']}: on seeds that nothing was made of, "
+            f"the loss went from {losses[-2]:.3f} to {losses[-1]:.3f}. {best}"
         )
-    if len(rounds) < recipe["rounds"]:
-        return f"{len(rounds)} of {recipe['rounds']} rounds are done."
-    if rounds[-1]["validation"]:
-        return f"All {recipe['rounds']} rounds were done; on the held-out seeds each was better than those before."
-    return f"All {recipe['rounds']} rounds were done; no seeds were held out, so nothing could stop it earlier."
+    return f"{len(rounds)} of {recipe['rounds']} rounds are done. {best}"
 
 
 def _cost(ledger: Ledger, stages: dict[str, Any]) -> dict[str, Any]:

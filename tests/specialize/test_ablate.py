@@ -15,9 +15,9 @@ from specialize.recipe import Recipe, override, read_recipe
 
 VARIANTS = [
     Variant("no retrieval", {"retrieval.mode": "off"}),
-    Variant("no filter", {"filter.enabled": False}),
+    Variant("no filter", {"filter.enabled": False, "evaluate.seeds_only": True}),
     Variant("one answer", {"responses.samples": 0}),
-    Variant("lower rank", {"tune.rank": 4}),
+    Variant("lower rank", {"tune.rank": 4, "evaluate.seeds_only": True}),
     Variant("no seeds", {"tune.include_seeds": False}),
     Variant("two rounds", {"rounds": 2}),
     Variant("nothing changed", {"tune.rank": 8}),

@@ -11,6 +11,7 @@ import pytest
 from specialize import cli
 from specialize.comparison import compare_runs, seed_groups
 from specialize.evaluate import telling_examples
+from specialize.ledger import Ledger
 from specialize.pipeline import Run
 from specialize.progress import Reporter
 from specialize.recipe import override, read_recipe
@@ -194,3 +195,30 @@ def test_wrong_use_is_one_line(seeds, tmp_path, capsys, runs, says):
     err = capsys.readouterr().err
     assert says in err and err.count("\n") == 1
     assert not (tmp_path / "page.html").exists()
+
+
+def test_rounds_side_by_side_and_why_they_ended(tiny, tmp_path):
+    recipe = override(read_recipe(tiny.recipe)[0], ["rounds=2", "filter.enabled=false", "evaluate.seeds_only=false"])
+    folder = tmp_path / "run"
+    Run(folder, recipe, tiny.inputs, reporter=Reporter(mute=True)).execute()
+    text = parsed(folder / "report.html")
+    assert "2 of 2 rounds are done; no seeds were held out" in text and "2 (the expert)" in text
+    with Ledger(folder / "ledger.sqlite") as ledger:
+        stages = ledger.stages()
+        for name, loss in (("tune", 0.5), ("tune-2", 0.625)):
+            ledger.end_stage(name, stages[name].info | {"held_out_loss": loss})
+    found = json.loads((folder / "eval.json").read_text())
+    found["systems"] = {"base": found["systems"]["base"], "expert": found["systems"]["round 1"]} | {
+        "round 2": found["systems"]["expert"]
+    }
+    found["rounds"] = {"taken": 1, "wanted": 4, "held_out_loss": {"1": 0.5, "2": 0.625}}
+    (folder / "eval.json").write_text(json.dumps(found))
+    settings = (folder / "recipe.yaml").read_text().replace("rounds: 2", "rounds: 4")
+    (folder / "recipe.yaml").write_text(settings)
+    write_report(folder)
+    text = parsed(folder / "report.html")
+    assert (
+        "It stopped after round 2 of at most 4: on seeds that nothing was made of, the loss went from 0.500 to 0.625."
+        in text
+    )
+    assert "The expert is that of round 1" in text and "1 (the expert)" in text
