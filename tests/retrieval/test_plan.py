@@ -15,7 +15,7 @@ from specialize.errors import InputError
 
 
 def test_graph_and_disk_are_what_the_files_hold(tmp_path):
-    """Links, labels and vectors are counted to the byte; which have higher levels is random."""
+    """Within what is random: which elements have higher levels."""
     built = Index.build(made_up_documents(3000, 30), tmp_path / "i", CheapEmbedder(256))
     plan = plan_index(3000, 256, words_a_passage=30)
     in_file = (tmp_path / "i" / "hnsw.bin").stat().st_size - 96
