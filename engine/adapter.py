@@ -26,6 +26,7 @@ from .digest import require_base
 from .linear import Linear
 from .model import AdaptedLinear, Model
 from .quantize import linear_path, quantize_weight
+from .routing import ExpertStack, Mixture, MixtureAdapters, Routed, RoutedAdapters
 
 
 @dataclass(frozen=True)
@@ -153,22 +154,23 @@ def _stretch_(y: torch.Tensor, bias: torch.Tensor | None, stretch: torch.Tensor)
     return y.addcmul_(y if bias is None else y - bias, stretch)
 
 
-class AdapterPool:
-    """Adapters on the model's device, found by slot. Slots of unloaded adapters are used again.
+class AdapterPool(RoutedAdapters):
+    """Adapters and mixtures of them on the model's device, found by slot. Slots of unloaded ones are used again.
 
     As ``adapters`` of `Model.forward` it adds each sequence's own update; see `select` for batches with but one.
     """
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        self._slots: list[Adapter | None] = []
+        self._slots: list[Adapter | Mixture | None] = []
+        self._experts: ExpertStack | None = None  # of all mixtures
         self._matrices: dict[tuple[int, str], Pair] = {}  # a [N,R,in], b [N,out,R]
         self._stretches: dict[tuple[int, str], torch.Tensor] = {}  # [N+1,out]; the last row, of -1, is 0
         self._scalings = torch.empty(0, device=model.device)
-        self._singles: dict[int, SingleAdapter] = {}
+        self._singles: dict[int, SingleAdapter | MixtureAdapters] = {}
 
-    def add(self, adapter: Adapter) -> int:
-        """Takes the adapter in; returns its slot."""
+    def add(self, adapter: Adapter | Mixture) -> int:
+        """Takes the adapter or mixture in; returns its slot."""
         if None in self._slots:
             slot = self._slots.index(None)
             self._slots[slot] = adapter
@@ -176,7 +178,8 @@ class AdapterPool:
             slot = len(self._slots)
             self._slots.append(adapter)
         self._stack()
-        self._singles[slot] = SingleAdapter(adapter, self._model)
+        single = MixtureAdapters if isinstance(adapter, Mixture) else SingleAdapter
+        self._singles[slot] = single(adapter, self._model)  # type: ignore[arg-type]
         return slot
 
     def remove(self, slot: int) -> None:
@@ -184,7 +187,7 @@ class AdapterPool:
         del self._singles[slot]
         self._stack()
 
-    def select(self, slots: Sequence[int]) -> AdapterPool | SingleAdapter | None:
+    def select(self, slots: Sequence[int]) -> AdapterPool | SingleAdapter | MixtureAdapters | None:
         """What serves a batch whose sequences use these slots (-1: none)."""
         used = set(slots)
         if used <= {-1}:
@@ -193,47 +196,73 @@ class AdapterPool:
             return self._singles[used.pop()]
         return self
 
-    def linear(self, x: torch.Tensor, linear: Linear, layer_id: int, name: str, batch: Batch) -> torch.Tensor:
+    def routed(self, hidden: torch.Tensor, batch: Batch) -> AdapterPool | Routed:
+        if self._experts is None:
+            return self
+        slot = _adapter_of_token(batch, hidden)
+        chosen = [slot == i for i, adapter in enumerate(self._slots) if isinstance(adapter, Mixture)]
+        return Routed(self, self._experts.weights(hidden, chosen))
+
+    def linear(
+        self,
+        x: torch.Tensor,
+        linear: Linear,
+        layer_id: int,
+        name: str,
+        batch: Batch,
+        weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``weights`` [T, N] are those of the mixtures' experts."""
         y = linear(x)
         pair = self._matrices.get((layer_id, name))
-        if pair is None:
-            return y
-        assert batch.adapter_index is not None
-        y = lora_grouped_add_(
-            y, x, *pair, self._scalings, batch.adapter_index, batch.query_starts,
-            max_query_len=batch.max_query_len, backend=self._model.backend,
-        )  # fmt: skip
+        if pair is not None:
+            assert batch.adapter_index is not None
+            y = lora_grouped_add_(
+                y, x, *pair, self._scalings, batch.adapter_index, batch.query_starts,
+                max_query_len=batch.max_query_len, backend=self._model.backend,
+            )  # fmt: skip
         stretches = self._stretches.get((layer_id, name))
-        if stretches is None:
+        if stretches is not None:
+            y = _stretch_(y, linear.bias, stretches[_adapter_of_token(batch, x)])
+        if self._experts is None or weights is None:
             return y
-        tokens = torch.arange(x.shape[0], device=x.device, dtype=batch.query_starts.dtype)
-        sequence = torch.searchsorted(batch.query_starts[1:-1].contiguous(), tokens, right=True)
-        return _stretch_(y, linear.bias, stretches[batch.adapter_index[sequence].long()])
+        return self._experts.add(y, x, (layer_id, name), weights)
 
     def _stack(self) -> None:
-        """Adapters of lower rank, or without this layer, are padded with zeros."""
+        """Adapters of lower rank, or without this layer, are padded with zeros; so are the slots of mixtures."""
         place: dict[str, Any] = {"dtype": self._model.dtype, "device": self._model.device}
         self._matrices, self._stretches = {}, {}
-        scalings = [adapter.scaling if adapter else 0.0 for adapter in self._slots]
+        mixtures = [adapter for adapter in self._slots if isinstance(adapter, Mixture)]
+        self._experts = ExpertStack(mixtures, self._model) if mixtures else None
+        plain = [None if isinstance(adapter, Mixture) else adapter for adapter in self._slots]
+        scalings = [adapter.scaling if adapter else 0.0 for adapter in plain]
         self._scalings = torch.tensor(scalings, dtype=torch.float32, device=self._model.device)
         for adapted in self._model.adaptable:
             key = (adapted.layer_id, adapted.name)
-            rank = max([a.matrices[key][0].shape[0] for a in self._slots if a and key in a.matrices], default=0)
+            rank = max([a.matrices[key][0].shape[0] for a in plain if a and key in a.matrices], default=0)
             if not rank:
                 continue
             stacked_a = torch.zeros(len(self._slots), rank, adapted.linear.in_features, **place)
             stacked_b = torch.zeros(len(self._slots), adapted.linear.out_features, rank, **place)
-            for slot, adapter in enumerate(self._slots):
+            for slot, adapter in enumerate(plain):
                 if adapter is not None and key in adapter.matrices:
                     a, b = adapter.matrices[key]
                     stacked_a[slot, : a.shape[0]].copy_(a)
                     stacked_b[slot, :, : b.shape[1]].copy_(b)
             self._matrices[key] = (stacked_a, stacked_b)
-            found = [row_stretch(adapted, adapter) if adapter else None for adapter in self._slots]
+            found = [row_stretch(adapted, adapter) if adapter else None for adapter in plain]
             if any(stretch is not None for stretch in found):
                 none = torch.zeros(adapted.linear.out_features, device=self._model.device)
                 rows = [none if stretch is None else stretch for stretch in [*found, None]]
                 self._stretches[key] = torch.stack(rows).to(self._model.dtype)
+
+
+def _adapter_of_token(batch: Batch, x: torch.Tensor) -> torch.Tensor:
+    """i64 [T]: the slot of each token's sequence."""
+    assert batch.adapter_index is not None
+    tokens = torch.arange(x.shape[0], device=x.device, dtype=batch.query_starts.dtype)
+    sequence = torch.searchsorted(batch.query_starts[1:-1].contiguous(), tokens, right=True)
+    return batch.adapter_index[sequence].long()
 
 
 class SingleAdapter:

@@ -23,6 +23,7 @@ from .digest import read_base, save_tensors
 from .staging import staging
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+MIXTURE_FILE = "mixture.json"  # of a folder of several adapters and their router
 _PREFIX = "base_model.model."
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -136,6 +137,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if (folder / MIXTURE_FILE).is_file():
+            raise InputError(
+                f"{folder}: is a mixture of experts, chosen token by token; it serves beside a base and cannot be "
+                "merged or tuned on. Its experts/ are adapters"
+            ) from None
         raise InputError(f"{path}: no such file; an adapter folder holds {CONFIG_FILE} and {WEIGHTS_FILE}") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from None

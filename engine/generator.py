@@ -23,6 +23,7 @@ from .batch import Batch
 from .cache import KVCache
 from .decode_graph import DecodeGraphs
 from .kv_scales import CALIBRATION_TEXT, calibrate, calibration_ids, kv_dtype_of
+from .mixture import load_adapter_or_mixture
 from .model import Model
 from .outputs import Outputs
 from .pages import PageAllocator
@@ -157,11 +158,12 @@ class Generator:
         return Generator(model, tokenizer, config, adapters)
 
     def load_adapter(self, path: str | Path, name: str | None = None) -> str:
-        """Makes an adapter folder available under a name (its path by default) and returns the name."""
+        """Makes the folder of an adapter, or of a mixture of them, available under a name (its path by default) and
+        returns the name."""
         name = name or str(path)
         if name in self._adapters:
             raise InputError(f"adapter {name!r} is loaded already; unload it first or choose another name")
-        adapter = load_adapter(path, self.model)
+        adapter = load_adapter_or_mixture(path, self.model)
         self._graphs.forget()  # they read the pool's tensors, which are made anew
         self._adapters[name] = (self._pool.add(adapter), adapter.fingerprint)
         return name

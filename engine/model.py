@@ -55,11 +55,13 @@ from .quantize import (
     stored_quantization,
 )
 from .rope_tables import rope_tables
+from .routing import Routed, RoutedAdapters
 from .weights import FiniteTensors, RandomTensors, open_checkpoint
 
 
 class LayerAdapters(Protocol):
-    """What adds low-rank updates to linear layers: a pool of adapters when generating, trainable ones when tuning."""
+    """What adds low-rank updates to linear layers: a pool of adapters when generating, trainable ones when tuning.
+    `RoutedAdapters` are shown the hidden states of each half of a block first."""
 
     def linear(self, x: torch.Tensor, linear: Linear, layer_id: int, name: str, batch: Batch) -> torch.Tensor: ...
 
@@ -370,16 +372,19 @@ class Model:
         """One pre-norm block. The sum ``residual + x`` is taken by the norm that reads it."""
 
         def linear(value: torch.Tensor, weights: Linear, name: str) -> torch.Tensor:
-            if adapters is None:
+            if serving is None:
                 return weights(value)
-            return adapters.linear(value, weights, layer.layer_id, name, batch)
+            return serving.linear(value, weights, layer.layer_id, name, batch)
 
         h, residual = self._norm(x, layer.attn_norm, residual)
+        serving = adapters.routed(h, batch) if isinstance(adapters, RoutedAdapters) else adapters
         h = self._attention(layer, linear(h, layer.qkv, "qkv"), batch, cache)
         if rows is not None:
             h, residual = h.index_select(0, rows), residual.index_select(0, rows)
+            serving = serving.take(rows) if isinstance(serving, Routed) else serving
         h = linear(h, layer.o, "o")
         h, residual = self._norm(h, layer.mlp_norm, residual)
+        serving = adapters.routed(h, batch) if isinstance(adapters, RoutedAdapters) else adapters
         if adapters is None and self.config.mlp == "swiglu":
             h = layer.up.swiglu(h, backend=self.backend)
         else:

@@ -153,7 +153,9 @@ kv_dtype_option = click.option(
     type=click.Choice(["auto", "fp32", "bf16", "fp16", "int8", "fp8"]),
     help="What the KV cache holds: 8 bits a number for half the memory.  [default: the dtype]",
 )
-adapter_option = click.option("--adapter", type=click.Path(), help="Adapter folder, as PEFT writes it.")
+adapter_option = click.option(
+    "--adapter", type=click.Path(), help="Adapter folder, as PEFT writes it, or what `specialize compose` wrote."
+)
 
 
 def worker_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -778,6 +780,86 @@ def merge(common: Common, model: str, adapter: Path, out: Path) -> None:
             on_tensor=lambda done, total: bar.set(done / 1e6, total=round(total / 1e6)),
         )  # fmt: skip
     common.show({"path": str(path)}, str(path))
+
+
+@cli.command()
+@click.argument("experts", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of what is composed.")
+@click.option(
+    "--method", type=click.Choice(["mixse", "pooled", "ties", "dare", "average"]), default="mixse", show_default=True,
+    help="A router over frozen experts; one adapter on the rows of all; or arithmetic on their updates.",
+)  # fmt: skip
+@click.option("--top-k", default="1", show_default=True, metavar="K", help="Experts of a token: a number, or all.")
+@click.option("--model", help="The base, where no RUN names it, or where it lies now.")
+@click.option("--data", multiple=True, type=click.Path(path_type=Path), help="Rows of an adapter folder; one for each.")
+@click.option("--compare", default="", metavar="METHODS", help="Also make and score these, such as pooled,ties,dare.")
+@click.option("--lr", type=float, help="Learning rate.  [default: 0.01 for a router, the first RUN's for pooled]")
+@click.option(
+    "--epochs", type=float, help="Passes over all rows.  [default: 2 for a router, the first RUN's for pooled]"
+)
+@click.option("--batch", type=click.IntRange(1), help="Rows of a step.  [default: 8; the first RUN's for pooled]")
+@click.option("--density", type=float, default=0.5, show_default=True, help="Share of entries that TIES and DARE keep.")
+@click.option("--rank", type=click.IntRange(1), help="Of a TIES or DARE merge.  [default: 4 times the experts' sum]")
+@click.option("--shots", default="0", show_default=True, help="Examples in the prompt, such as 0,5.")
+@click.option("--limit", type=click.IntRange(0), help="Examples of each task; 0: all.  [default: the RUN's]")
+@click.option("--no-eval", is_flag=True, help="Compose only.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@common
+def compose(common: Common, experts: tuple[Path, ...], **o: Any) -> None:
+    """Put several EXPERTS on one base: finished RUN folders, or adapter folders with their --data.
+
+    \b
+    Examples:
+      specialize compose biomed/run finance/run --out mix --compare pooled,ties,dare
+      specialize compose biomed/run finance/run --out merged --method ties --no-eval
+      specialize compose a b --model smollm2-135m-instruct --data a.jsonl --data b.jsonl --out mix --top-k all
+      specialize generate --model smollm2-135m-instruct --adapter mix "The heart is"
+    """
+    from . import compose as work
+    from .standalone import existing_model, format_table, parse_shots
+
+    peers = tuple(dict.fromkeys(name.strip() for name in o["compare"].split(",") if name.strip()))
+    for name in peers:
+        if name not in work.METHODS:
+            raise InputError(f"--compare {name}: allowed: {', '.join(work.METHODS)}")
+    if o["top_k"] != "all" and not (o["top_k"].isdigit() and int(o["top_k"]) > 0):
+        raise InputError(f"--top-k {o['top_k']}: allowed: 1 to the number of experts, or all")
+    for name, low in (("lr", 0.0), ("epochs", 0.0), ("density", 0.0)):
+        if o[name] is not None and not low < o[name] < float("inf"):
+            raise InputError(f"--{name} {o[name]}: allowed: above 0")
+    shots = parse_shots(o["shots"])
+    found = work.read_experts(experts, o["data"])
+    base = work.base_of(found, o["model"])
+    settings = work.Settings(
+        method=o["method"], top_k=0 if o["top_k"] == "all" else int(o["top_k"]), lr=o["lr"], epochs=o["epochs"],
+        batch=o["batch"], density=o["density"], rank=o["rank"], seed=o["seed"],
+    )  # fmt: skip
+    composer = work.Composer(
+        existing_model(base, common.reporter), found, dtype=common.dtype, device=common.device, base_model=base,
+        reporter=common.prepare().reporter,
+    )  # fmt: skip
+    result = work.compose(
+        composer, settings, o["out"], peers=peers, shots=shots, limit=o["limit"], scored=not o["no_eval"]
+    )
+
+    def text() -> str:
+        lines = []
+        if result.get("routing"):
+            lines += ["which expert, how often:", "", format_table(work.routing_table(result["routing"])), ""]
+        if result.get("evaluation"):
+            lines += [format_table(work.score_table(result, shots[0])), ""]
+            for row in result["summary"]:
+                for domain, score in row["domains"].items():
+                    own = score["to_own_expert"]
+                    lines.append(
+                        f"{row['system']} against {domain}'s own expert: {own['value']:+.1f} "
+                        f"[{own['low']:+.1f}, {own['high']:+.1f}]"
+                        + ("" if score["within_a_point"] else ", more than a point below")
+                    )
+            lines.append("")
+        return "\n".join([*lines, f"{o['out']}: {o['method']} of {', '.join(e.name for e in found)}; mix.json has all"])
+
+    common.show(result, text)
 
 
 @cli.command("eval")

@@ -287,8 +287,10 @@ def evaluate_model(
     from .ledger import Ledger
 
     tasks = read_tasks(tasks_path)
-    if adapter is not None and not (Path(adapter) / "adapter_model.safetensors").is_file():
-        raise InputError(f"adapter: {adapter} holds no adapter_model.safetensors")
+    if adapter is not None:
+        from .engine.mixture import adapter_files
+
+        adapter_files(adapter)
     with ExitStack() as stack:
         if spread is None:
             generator, name = load_generator(

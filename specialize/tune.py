@@ -159,6 +159,7 @@ def train(
     ranks: Any = None,
     anchors: Sequence[Sequence[int]] = (),
     val_examples: Sequence[Any] | None = None,
+    trainable: Any = None,
 ) -> dict[str, Any]:
     """Train into ``out`` (or find it finished there) and return the result as plain values. Where TensorBoard is
     installed its events go to ``out/events``. ``source`` is the base's folder or file, ``ranks`` this process's place
@@ -177,7 +178,7 @@ def train(
     try:
         result = tune(
             model, examples, config, out, base_model=base_model, source=source, on_step=step_done, ranks=ranks or ALONE,
-            anchors=anchors, val_examples=val_examples,
+            anchors=anchors, val_examples=val_examples, trainable=trainable,
         )  # fmt: skip
     finally:
         events.close()

@@ -31,7 +31,6 @@ from typing import Any
 from . import __version__
 from .errors import InputError
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # Prompts of a bundle: about as many as share their demonstrations, whose pages are then computed on one worker only.
 BUNDLE_PROMPTS = 8
 MEMORY_SHARE = 0.8  # of a machine's memory, for all its CPU workers together
@@ -160,6 +159,7 @@ class Worker:
     def _load_adapter(self, name: str, files: dict[str, bytes]) -> None:
         with tempfile.TemporaryDirectory() as folder:  # the adapter's own need not exist on this machine
             for file, content in files.items():
+                Path(folder, file).parent.mkdir(parents=True, exist_ok=True)
                 Path(folder, file).write_bytes(content)
             self._generator.load_adapter(folder, name)
 
@@ -319,12 +319,9 @@ class WorkerPool:
         name = name or str(path)
         if name in self._adapters:
             raise InputError(f"adapter {name!r} is loaded already; choose another name")
-        files = {}
-        for file in ADAPTER_FILES:
-            if not Path(path, file).is_file():
-                raise InputError(f"adapter: {path} holds no {file}")
-            files[file] = Path(path, file).read_bytes()
-        self._adapters[name] = files
+        from .engine.mixture import adapter_files
+
+        self._adapters[name] = {file: Path(path, file).read_bytes() for file in adapter_files(path)}
         return name
 
     def run(self, requests: Iterable[Any]) -> Iterator[Any]:

@@ -82,11 +82,13 @@ def tune(
     on_step: Callable[[StepReport], None] | None = None,
     ranks: Ranks = ALONE,
     anchors: Sequence[Sequence[int]] = (),
+    trainable: Trainable | None = None,
 ) -> TrainResult:
     """Trains on ``examples`` and writes an adapter, or with method "full" a checkpoint, to the folder ``out``, with
     metrics.jsonl beside it. ``base_model`` is the name that the adapter's file gives its base; ``source``, its folder
     or file, lends a checkpoint its tokenizer. Method "full" changes ``model`` itself. With ``ranks`` of several
     processes each takes its share of every step; the first one writes and calls ``on_step``, and all return the result.
+    ``trainable`` is trained in place of what the settings' method and rank would make; memory is planned by these.
 
     ``anchors`` are texts as token ids for ``config.anchor``.
 
@@ -96,7 +98,7 @@ def tune(
     """
     trainer = Trainer(
         model, examples, config, out, val_examples=val_examples, base_model=base_model, source=source, on_step=on_step,
-        ranks=ranks, anchors=anchors,
+        ranks=ranks, anchors=anchors, trainable=trainable,
     )  # fmt: skip
     with ranks.watched():
         return trainer.run(resume=resume)
@@ -122,6 +124,7 @@ class Trainer:
         shuffle: bool = True,
         ranks: Ranks = ALONE,
         anchors: Sequence[Sequence[int]] = (),
+        trainable: Trainable | None = None,
     ) -> None:
         self.model, self.config, self.out, self.shuffle, self.ranks = model, config, Path(out), shuffle, ranks
         self.base_model, self.source, self.on_step = base_model, source, on_step
@@ -148,13 +151,14 @@ class Trainer:
             if ranks.size > 1:
                 raise InputError("anchor: goes with one process; set it to 0 to train with several")
             self.anchor = Anchor(model, anchors, tokens=config.anchor_tokens, seed=config.seed)
-        self.fingerprint = self._fingerprint()  # before full fine-tuning makes the weights its own
+        identity = "" if trainable is None else trainable.identity
+        self.fingerprint = self._fingerprint(identity)  # before full fine-tuning makes the weights its own
         self.plan = plan_on_device(
             model.config, config, largest_micro_batch(self.examples, config), dtype=model.dtype, device=model.device,
             quantization=model.quantization, memory_bytes=config.memory_bytes, loaded=True,
         ).require()  # fmt: skip
         ranks.check(config)
-        self.trainable = make_trainable(model, config)
+        self.trainable = make_trainable(model, config) if trainable is None else trainable
         self.parameters = []
         for group in self.trainable.groups:
             parameter = torch.nn.Parameter(self.trainable.flat[group.start : group.stop])
@@ -388,13 +392,15 @@ class Trainer:
             f"lower the learning rate or look at these rows; {kept}"
         )
 
-    def _fingerprint(self) -> str:
+    def _fingerprint(self, identity: str) -> str:
         settings = {k: v for k, v in asdict(self.config).items() if k not in _WITHOUT_EFFECT}
         rows = fingerprint_examples(self.examples) + fingerprint_examples(self.val_examples)
         sample = self.model.embedding.flatten()[:: max(1, self.model.embedding.numel() // 4096)]
         mark = hashlib.sha256(sample.float().cpu().numpy().tobytes()).hexdigest()  # two bases may have one shape
         quantized = [str(self.model.quantization)] * (self.model.quantization is not None)
-        shape = " ".join((str(self.model.dtype), str(self.model.config), mark, *quantized))
+        shape = " ".join(
+            (str(self.model.dtype), str(self.model.config), mark, *quantized, *[identity] * bool(identity))
+        )
         if self.anchor is not None:
             shape += hashlib.sha256(json.dumps(self.anchor.texts).encode()).hexdigest()
         return hashlib.sha256(f"{json.dumps(settings, sort_keys=True)}|{rows}|{shape}".encode()).hexdigest()[:16]

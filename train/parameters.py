@@ -30,8 +30,11 @@ class ParameterGroup:
 class Trainable(ABC):
     """Owns ``flat`` f32[P] and ``gradient`` f32[P], the gradient that a step accumulates.
 
-    `refresh` must follow each change of ``flat``, `collect` each backward pass.
+    `refresh` must follow each change of ``flat``, `collect` each backward pass. ``identity`` says what the result
+    depends on beside base, rows and `TrainConfig`.
     """
+
+    identity: str = ""
 
     model: Any
     flat: torch.Tensor

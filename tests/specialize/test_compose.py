@@ -1,0 +1,167 @@
+"""`specialize compose`: two tiny experts, every method, what is written and scored, and what cannot be composed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from conftest import write_domain
+
+from specialize.cli import main
+from specialize.progress import Reporter
+from specialize.recipe import Tune, override, read_recipe, write_recipe
+from specialize.records import read_json_lines
+from specialize.standalone import tune_file
+
+
+def call(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return stop.value.code, captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two finished runs over one base: one says "no" of the animals, the other repeats a word; neither can both."""
+    folder = tmp_path_factory.mktemp("compose")
+    domain = write_domain(folder / "domain")
+    one = [row for _, row in read_json_lines(domain.inputs["seeds"], "seeds")]
+    two = [{"instruction": "Name the animal.", "input": row["input"], "output": row["input"].split()[1]} for row in one]
+    task = json.loads((folder / "domain" / "tasks" / "awake.json").read_text())
+    examples = [{"input": row["input"], "outputs": [row["output"]]} for row in two[:4]]
+    shots = [{"input": row["input"], "output": row["output"]} for row in two[:2]]
+    other = task | {"name": "animal", "instruction": "Name the animal.", "examples": examples, "shots": shots}
+    (folder / "tasks2").mkdir()
+    (folder / "tasks2" / "animal.json").write_text(json.dumps(other))
+    recipe, _ = read_recipe(domain.recipe)
+    recipe = override(recipe, {"dtype": "fp32"})
+    made = []
+    for name, rows, tasks in (("one", one, domain.inputs["tasks"]), ("two", two, str(folder / "tasks2"))):
+        run = folder / name
+        run.mkdir()
+        seeds = run / "seeds.jsonl"
+        seeds.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_recipe(recipe, domain.inputs | {"tasks": tasks, "seeds": str(seeds)}, run / "recipe.yaml")
+        (run / "dataset.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        settings = Tune(rank=4, alpha=8.0, learning_rate=2e-2, epochs=12, batch=4, schedule="constant")
+        tune_file(
+            domain.folder / "model", seeds, run / "adapter", settings, dtype="fp32", device="cpu", seed=0,
+            base_model="tiny", reporter=Reporter(mute=True),
+        )  # fmt: skip
+        made.append(run)
+    return domain, made
+
+
+def test_a_mixture_beside_its_peers(runs, capsys, tmp_path):
+    domain, folders = runs
+    out = tmp_path / "mix"
+    options = ["--out", out, "--compare", "pooled,ties,dare,average", "--lr", 0.05, "--epochs", 6, "--dtype", "fp32"]
+    code, shown, err = call(capsys, "compose", *folders, *options, "--json")
+    assert code == 0, err
+    found = json.loads(shown)
+    assert found == json.loads((out / "mix.json").read_text())
+    assert [e["name"] for e in found["experts"]] == ["one", "two"] and found["experts"][0]["rows"] == 16
+    assert set(found["made"]) == {"mixse", "pooled", "ties", "dare", "average"}
+    assert found["made"]["mixse"]["num_parameters"] == 2 * 32
+    assert found["made"]["mixse"]["last_loss"] < found["made"]["mixse"]["first_loss"]
+    routing = found["routing"]
+    for name, shares in routing["domains"].items():
+        assert abs(sum(shares["chosen"]) - 1) < 1e-3 and len(shares["by_layer"]) == 2 and shares["tokens"] > 100
+        assert all(abs(sum(layer) - 1) < 1e-3 for layer in shares["by_layer"]), name
+        assert len(shares["sample"][0]) == 3
+    ones, twos = (routing["domains"][name]["chosen"] for name in ("one", "two"))
+    assert ones[0] > twos[0]  # each domain's rows go to its own expert more often than the other's do
+    for domain_name, scores in found["evaluation"].items():
+        assert set(scores["systems"]) == {"base", "one", "two", *found["made"]}
+        assert {c["against"] for c in scores["comparisons"]} == {domain_name}
+    by_name = {row["system"]: row for row in found["summary"]}
+    assert by_name["mixse"]["domains"]["one"]["to_own_expert"]["value"] == pytest.approx(
+        by_name["mixse"]["domains"]["one"]["value"]
+        - next(m["value"] for m in found["evaluation"]["one"]["systems"]["one"]["means"] if m["metric"] == "token_f1"),
+        abs=0.02,
+    )
+    # again: nothing is made or asked anew, and the table is the same
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
+    code, text, err = call(capsys, "compose", *folders, *options)
+    assert code == 0, err
+    assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
+    assert "which expert, how often" in text and "mixse against one's own expert" in text and "own expert" in text
+    # what was written serves wherever an adapter does
+    model = domain.inputs["model"]
+    for adapter in (out, out / "peers" / "ties"):
+        code, _, err = call(
+            capsys, "generate", "--model", model, "--adapter", adapter, "The cat", "--max-tokens", 3, "--dtype", "fp32"
+        )
+        assert code == 0, err
+    tasks = domain.inputs["tasks"]
+    code, shown, err = call(
+        capsys, "eval", "--model", model, "--adapter", out, "--tasks", tasks, "--limit", 4, "--max-tokens", 4,
+        "--dtype", "fp32", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    scored = {(r["task"], r["metric"]): r["value"] for r in json.loads(shown)["results"]}
+    mine = found["evaluation"]["one"]["systems"]["mixse"]["results"]
+    assert scored == {(r["task"], r["metric"]): r["value"] for r in mine}
+    code, _, err = call(capsys, "merge", model, out, tmp_path / "merged")
+    assert code == 2 and "mixture of experts" in err and err.count("\n") == 1
+
+
+def test_what_cannot_be_composed_is_said_in_one_line(runs, capsys, tmp_path):
+    domain, (one, two) = runs
+    unfinished, foreign = tmp_path / "unfinished", tmp_path / "foreign"
+    shutil.copytree(one, unfinished)
+    shutil.rmtree(unfinished / "adapter")
+    shutil.copytree(two, foreign)
+    shutil.copytree(domain.inputs["model"], tmp_path / "other-model")
+    (tmp_path / "other-model" / "more.txt").write_text("another")
+    recipe = (foreign / "recipe.yaml").read_text()
+    (foreign / "recipe.yaml").write_text(recipe.replace(domain.inputs["model"], str(tmp_path / "other-model")))
+    wide = tmp_path / "wide"
+    shutil.copytree(two, wide)
+    from safetensors.torch import load_file, save_file
+
+    weights = wide / "adapter" / "adapter_model.safetensors"
+    save_file(
+        {name: (t.repeat(1, 2) if "lora_A" in name else t).contiguous() for name, t in load_file(weights).items()},
+        weights,
+    )
+    for arguments, said in (
+        ([one], "two or more experts"),
+        ([one, unfinished], "is not finished"),
+        ([one, foreign], "different bases"),
+        ([one, wide], "share one base"),
+        ([one, tmp_path], "neither a run folder"),
+        ([one / "adapter", two / "adapter"], "--data ROWS.jsonl"),
+        (
+            [one / "adapter", two / "adapter", "--data", one / "seeds.jsonl", "--data", two / "seeds.jsonl"],
+            "--model is",
+        ),
+        ([one, two, "--data", one / "seeds.jsonl"], "belongs to no adapter folder"),
+        ([one, two, "--top-k", 3], "--top-k 3 of 2 experts"),
+        ([one, two, "--top-k", "none"], "--top-k none"),
+        ([one, two, "--compare", "magic"], "--compare magic"),
+        ([one, two, "--density", -1], "--density -1"),
+    ):
+        code, _, err = call(capsys, "compose", *arguments, "--out", tmp_path / "mix", "--dtype", "fp32")
+        assert code == 2 and said in err and err.count("\n") == 1, err
+    code, _, err = call(capsys, "compose", one, two, "--out", one)
+    assert code == 2 and "a run folder" in err
+
+
+def test_adapter_folders_bring_their_rows(runs, capsys, tmp_path):
+    domain, (one, two) = runs
+    out = tmp_path / "mix"
+    code, shown, err = call(
+        capsys, "compose", one / "adapter", two / "adapter", "--model", domain.inputs["model"], "--data",
+        one / "seeds.jsonl", "--data", two / "seeds.jsonl", "--out", out, "--top-k", "all", "--epochs", 1, "--json",
+        "--dtype", "fp32",
+    )  # fmt: skip
+    assert code == 0, err
+    found = json.loads(shown)
+    assert found["evaluation"] == {} and found["routing"]["top_k"] == 2
+    assert found["routing"]["domains"]["one"]["chosen"] == [0.5, 0.5]
+    assert sum(found["routing"]["domains"]["one"]["weight"]) == pytest.approx(1, abs=1e-3)
+    code, _, err = call(capsys, "compose", one, two, "--out", out, "--method", "ties", "--no-eval")
+    assert code == 2 and "what another method made" in err
