@@ -816,6 +816,7 @@ def compose(common: Common, experts: tuple[Path, ...], **o: Any) -> None:
       specialize generate --model smollm2-135m-instruct --adapter mix "The heart is"
     """
     from . import compose as work
+    from .mix_report import routing_table, score_table
     from .standalone import existing_model, format_table, parse_shots
 
     peers = tuple(dict.fromkeys(name.strip() for name in o["compare"].split(",") if name.strip()))
@@ -845,9 +846,9 @@ def compose(common: Common, experts: tuple[Path, ...], **o: Any) -> None:
     def text() -> str:
         lines = []
         if result.get("routing"):
-            lines += ["which expert, how often:", "", format_table(work.routing_table(result["routing"])), ""]
+            lines += ["which expert, how often:", "", format_table(routing_table(result["routing"])), ""]
         if result.get("evaluation"):
-            lines += [format_table(work.score_table(result, shots[0])), ""]
+            lines += [format_table(score_table(result, shots[0])), ""]
             for row in result["summary"]:
                 for domain, score in row["domains"].items():
                     own = score["to_own_expert"]

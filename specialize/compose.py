@@ -4,7 +4,7 @@ written as a folder that generation and evaluation take like an adapter, scored 
     mixse     frozen experts, and a router trained on the rows of all of them     ties, dare, average   arithmetic
     pooled    one adapter tuned on the rows of all of them
 
-``mix.json`` in the folder holds settings, routing shares and scores.
+``mix.json`` in the folder holds settings, routing shares and scores, ``mix.html`` shows them.
 """
 
 # pyright: reportMissingImports=false
@@ -21,6 +21,7 @@ from typing import Any
 from .errors import InputError
 from .evaluate import EvalReport, System, compare, evaluate
 from .ledger import Ledger, run_lock
+from .mix_report import summary, write_page
 from .progress import Reporter
 from .recipe import Tune, read_recipe, remembered_inputs
 from .records import Task, file_fingerprint, read_seeds, read_tasks, read_training_rows
@@ -28,7 +29,6 @@ from .records import Task, file_fingerprint, read_seeds, read_tasks, read_traini
 METHODS = ("mixse", "pooled", "ties", "dare", "average")
 WEIGHTS = "adapter_model.safetensors"
 MIX_FILE = "mix.json"
-NEAR = 1.0  # points that a domain may lie below its own expert
 MEASURED_ROWS = 64  # of each domain: what routing shares are counted on
 
 
@@ -337,7 +337,7 @@ def compose(
     limit: int | None = None,
     scored: bool = True,
 ) -> dict[str, Any]:
-    """Makes ``out`` and, below ``out/peers``, what it is compared with; scores all; returns and writes ``mix.json``.
+    """Makes ``out`` and, below ``out/peers``, what it is compared with; scores all; returns what ``mix.json`` then holds.
     Called again with the same settings it goes on where it was."""
     composer.check(settings)
     check_target(out, settings.method)
@@ -368,6 +368,7 @@ def compose(
         from .pipeline import write_text
 
         write_text(out / MIX_FILE, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        write_page(found, out / "mix.html")
     return found
 
 
@@ -381,71 +382,3 @@ def check_target(out: Path, method: str) -> None:
     ):
         if (out / file).exists():
             raise InputError(f"--out {out}: holds {what} ({file}); give another folder")
-
-
-def summary(evaluation: Mapping[str, Any], composed: Sequence[str], shots: int) -> list[dict[str, Any]]:
-    """Per composed system: its mean over domains, and per domain the difference to the own expert with interval."""
-
-    def mean(domain: str, system: str) -> float:
-        means = evaluation[domain]["systems"][system]["means"]
-        return next(m["value"] for m in means if m["shots"] == shots and m["metric"] == "token_f1")
-
-    rows = []
-    for system in composed:
-        if not evaluation:
-            continue
-        row: dict[str, Any] = {"system": system, "shots": shots, "domains": {}}
-        for domain in evaluation:
-            found = evaluation[domain]["comparisons"]
-            against = next(c for c in found if c["system"] == system and c["shots"] == shots)["mean"]
-            near = mean(domain, system) >= mean(domain, domain) - NEAR
-            row["domains"][domain] = {"value": mean(domain, system), "to_own_expert": against, "within_a_point": near}
-        row["mean"] = round(sum(d["value"] for d in row["domains"].values()) / len(row["domains"]), 2)
-        rows.append(row)
-    return rows
-
-
-def score_table(found: Mapping[str, Any], shots: int) -> list[tuple[str, ...]]:
-    """Rows: one a task, a mean for each domain and over domains. Columns: the systems; "own expert" is the domain's."""
-    evaluation = found["evaluation"]
-    composed = list(found["made"])
-    columns = ["base", "own expert", "other experts", *composed]
-    others = [e["name"] for e in found["experts"]]
-
-    def cell(domain: str, column: str, pick: Any) -> float:
-        systems = evaluation[domain]["systems"]
-        if column == "own expert":
-            return pick(systems[domain])
-        if column == "other experts":
-            values = [pick(systems[name]) for name in others if name != domain]
-            return sum(values) / len(values)
-        return pick(systems[column])
-
-    def of_task(task: str) -> Any:
-        return lambda report: next(
-            r["value"] for r in report["results"] if (r["task"], r["shots"], r["metric"]) == (task, shots, "token_f1")
-        )
-
-    def of_mean(report: Mapping[str, Any]) -> float:
-        return next(m["value"] for m in report["means"] if (m["shots"], m["metric"]) == (shots, "token_f1"))
-
-    rows: list[tuple[str, ...]] = [("token F1", *columns)]
-    means: list[list[float]] = []
-    for domain in evaluation:
-        tasks = list(dict.fromkeys(r["task"] for r in evaluation[domain]["systems"]["base"]["results"]))
-        for task in tasks:
-            rows.append((f"{domain}: {task}", *(f"{cell(domain, c, of_task(task)):.1f}" for c in columns)))
-        means.append([cell(domain, c, of_mean) for c in columns])
-        rows.append((f"{domain}: mean", *(f"{value:.1f}" for value in means[-1])))
-    rows.append(("mean of domains", *(f"{sum(values) / len(values):.1f}" for values in zip(*means, strict=True))))
-    return rows
-
-
-def routing_table(routing: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Rows: the domains; columns: the share of choices that fell on each expert, and its mean weight."""
-    names = routing["experts"]
-    rows: list[tuple[str, ...]] = [("tokens of", *(f"to {name}" for name in names), *(f"weight {n}" for n in names))]
-    for domain, found in routing["domains"].items():
-        shares = [f"{100 * share:.1f} %" for share in found["chosen"]]
-        rows.append((domain, *shares, *(f"{weight:.2f}" for weight in found["weight"])))
-    return rows

@@ -82,6 +82,8 @@ def test_a_mixture_beside_its_peers(runs, capsys, tmp_path):
         - next(m["value"] for m in found["evaluation"]["one"]["systems"]["one"]["means"] if m["metric"] == "token_f1"),
         abs=0.02,
     )
+    page = (out / "mix.html").read_text()
+    assert "one and two on one base" in page and "<script" not in page and page.count("<h3>") == 2
     # again: nothing is made or asked anew, and the table is the same
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
     code, text, err = call(capsys, "compose", *folders, *options)
