@@ -337,8 +337,8 @@ def compose(
     limit: int | None = None,
     scored: bool = True,
 ) -> dict[str, Any]:
-    """Makes ``out`` and, below ``out/peers``, what it is compared with; scores all; returns what ``mix.json`` then holds.
-    Called again with the same settings it goes on where it was."""
+    """Makes ``out`` and, below ``out/peers``, what it is compared with; scores all; returns what ``mix.json`` then
+    holds. Called again with the same settings it goes on where it was."""
     composer.check(settings)
     check_target(out, settings.method)
     with run_lock(out):
