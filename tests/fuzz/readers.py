@@ -25,11 +25,12 @@ import pyarrow
 import pyarrow.parquet
 import torch
 from safetensors.torch import save
-from specialize.engine.adapter_format import CONFIG_FILE, WEIGHTS_FILE, load_modules, save_part_matrices
+from specialize.engine.adapter_format import CONFIG_FILE, MIXTURE_FILE, WEIGHTS_FILE, load_modules, save_part_matrices
 from specialize.engine.chat_template import render_chat
 from specialize.engine.config import ModelConfig
 from specialize.engine.convert import BinFolder
 from specialize.engine.gguf import GGUFFile
+from specialize.engine.mixture import adapter_files
 from specialize.engine.quantize import Quantization, QuantizedView, read_weight, stored_quantization
 from specialize.engine.tokenizer import Tokenizer, tokenizer_from_gguf
 from specialize.engine.weights import RandomTensors, SafetensorsFolder, open_checkpoint
@@ -293,6 +294,23 @@ def _read_adapter_weights(folder: Path, data: bytes) -> None:
     load_modules(folder)
 
 
+def _mixture_manifest() -> bytes:
+    files = ["router.safetensors", *(f"experts/{i}/{name}" for i in range(2) for name in (CONFIG_FILE, WEIGHTS_FILE))]
+    manifest = {
+        "format": "mixture of experts", "version": 1, "base_model": "tiny", "base": {"embedding in bf16": "ab"},
+        "top_k": 1, "experts": ["one", "two"], "sha256": dict.fromkeys(files, "0" * 64),
+    }  # fmt: skip
+    return json.dumps(manifest).encode()
+
+
+def _read_mixture_manifest(folder: Path, data: bytes) -> None:
+    _file(folder, MIXTURE_FILE, data)
+    for name in json.loads(_mixture_manifest())["sha256"]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        _file(folder, name, b"")
+    adapter_files(folder)
+
+
 class _Letters:
     """An embedder without weights: counts of a few letters, normalised."""
 
@@ -484,6 +502,7 @@ READERS = {
         Reader("tokenizer-config", _tokenizer_config_seeds, _read_tokenizer_config, "json"),
         Reader("chat-template", _template_seeds, _read_template, "text"),
         Reader("adapter-config", lambda: [_adapter_files()[0]], _read_adapter_config, "json"),
+        Reader("mixture-manifest", lambda: [_mixture_manifest()], _read_mixture_manifest, "json"),
         Reader("adapter-weights", lambda: [_adapter_files()[1]], _read_adapter_weights, "safetensors"),
         Reader("index-manifest", _index_seeds("manifest.json"), _index_reader("manifest.json"), "json"),
         Reader("index-graph", _index_seeds("hnsw.bin"), _index_reader("hnsw.bin")),
