@@ -108,10 +108,11 @@ def _read_run(run: Path, name: str) -> Expert:
 
 
 def _name(path: Path, taken: Sequence[str]) -> str:
-    """The folder's name, or its parent's where that says more; unlike those taken."""
+    """The folder's name, or its parent's where that says more; unlike those ``taken`` and the systems beside it."""
     path = path.resolve()
     name = path.parent.name if path.name in ("run", "adapter") and path.parent.name else path.name
     name = re.sub(r"[^\w.-]+", "-", name)[:40] or "expert"
+    taken = ["base", *METHODS, *taken]  # what the other columns of a table are called
     return name if name not in taken else next(f"{name}-{i}" for i in range(2, 99) if f"{name}-{i}" not in taken)
 
 

@@ -6,7 +6,6 @@ import json
 import shutil
 
 import pytest
-from conftest import write_domain
 
 from specialize.cli import main
 from specialize.progress import Reporter
@@ -23,39 +22,38 @@ def call(capsys, *arguments):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tiny, tmp_path_factory):
     """Two finished runs over one base: one says "no" of the animals, the other repeats a word; neither can both."""
     folder = tmp_path_factory.mktemp("compose")
-    domain = write_domain(folder / "domain")
-    one = [row for _, row in read_json_lines(domain.inputs["seeds"], "seeds")]
+    one = [row for _, row in read_json_lines(tiny.inputs["seeds"], "seeds")]
     two = [{"instruction": "Name the animal.", "input": row["input"], "output": row["input"].split()[1]} for row in one]
-    task = json.loads((folder / "domain" / "tasks" / "awake.json").read_text())
+    task = json.loads((tiny.folder / "tasks" / "awake.json").read_text())
     examples = [{"input": row["input"], "outputs": [row["output"]]} for row in two[:4]]
     shots = [{"input": row["input"], "output": row["output"]} for row in two[:2]]
     other = task | {"name": "animal", "instruction": "Name the animal.", "examples": examples, "shots": shots}
     (folder / "tasks2").mkdir()
     (folder / "tasks2" / "animal.json").write_text(json.dumps(other))
-    recipe, _ = read_recipe(domain.recipe)
+    recipe, _ = read_recipe(tiny.recipe)
     recipe = override(recipe, {"dtype": "fp32"})
     made = []
-    for name, rows, tasks in (("one", one, domain.inputs["tasks"]), ("two", two, str(folder / "tasks2"))):
+    for name, rows, tasks in (("one", one, tiny.inputs["tasks"]), ("two", two, str(folder / "tasks2"))):
         run = folder / name
         run.mkdir()
         seeds = run / "seeds.jsonl"
         seeds.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        write_recipe(recipe, domain.inputs | {"tasks": tasks, "seeds": str(seeds)}, run / "recipe.yaml")
+        write_recipe(recipe, tiny.inputs | {"tasks": tasks, "seeds": str(seeds)}, run / "recipe.yaml")
         (run / "dataset.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         settings = Tune(rank=4, alpha=8.0, learning_rate=2e-2, epochs=12, batch=4, schedule="constant")
         tune_file(
-            domain.folder / "model", seeds, run / "adapter", settings, dtype="fp32", device="cpu", seed=0,
+            tiny.folder / "model", seeds, run / "adapter", settings, dtype="fp32", device="cpu", seed=0,
             base_model="tiny", reporter=Reporter(mute=True),
         )  # fmt: skip
         made.append(run)
-    return domain, made
+    return tiny, made
 
 
 def test_a_mixture_beside_its_peers(runs, capsys, tmp_path):
-    domain, folders = runs
+    tiny, folders = runs
     out = tmp_path / "mix"
     options = ["--out", out, "--compare", "pooled,ties,dare,average", "--lr", 0.05, "--epochs", 6, "--dtype", "fp32"]
     code, shown, err = call(capsys, "compose", *folders, *options, "--json")
@@ -91,13 +89,13 @@ def test_a_mixture_beside_its_peers(runs, capsys, tmp_path):
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
     assert "which expert, how often" in text and "mixse against one's own expert" in text and "own expert" in text
     # what was written serves wherever an adapter does
-    model = domain.inputs["model"]
+    model = tiny.inputs["model"]
     for adapter in (out, out / "peers" / "ties"):
         code, _, err = call(
             capsys, "generate", "--model", model, "--adapter", adapter, "The cat", "--max-tokens", 3, "--dtype", "fp32"
         )
         assert code == 0, err
-    tasks = domain.inputs["tasks"]
+    tasks = tiny.inputs["tasks"]
     code, shown, err = call(
         capsys, "eval", "--model", model, "--adapter", out, "--tasks", tasks, "--limit", 4, "--max-tokens", 4,
         "--dtype", "fp32", "--json",
@@ -111,15 +109,15 @@ def test_a_mixture_beside_its_peers(runs, capsys, tmp_path):
 
 
 def test_what_cannot_be_composed_is_said_in_one_line(runs, capsys, tmp_path):
-    domain, (one, two) = runs
+    tiny, (one, two) = runs
     unfinished, foreign = tmp_path / "unfinished", tmp_path / "foreign"
     shutil.copytree(one, unfinished)
     shutil.rmtree(unfinished / "adapter")
     shutil.copytree(two, foreign)
-    shutil.copytree(domain.inputs["model"], tmp_path / "other-model")
+    shutil.copytree(tiny.inputs["model"], tmp_path / "other-model")
     (tmp_path / "other-model" / "more.txt").write_text("another")
     recipe = (foreign / "recipe.yaml").read_text()
-    (foreign / "recipe.yaml").write_text(recipe.replace(domain.inputs["model"], str(tmp_path / "other-model")))
+    (foreign / "recipe.yaml").write_text(recipe.replace(tiny.inputs["model"], str(tmp_path / "other-model")))
     wide = tmp_path / "wide"
     shutil.copytree(two, wide)
     from safetensors.torch import load_file, save_file
@@ -153,10 +151,10 @@ def test_what_cannot_be_composed_is_said_in_one_line(runs, capsys, tmp_path):
 
 
 def test_adapter_folders_bring_their_rows(runs, capsys, tmp_path):
-    domain, (one, two) = runs
+    tiny, (one, two) = runs
     out = tmp_path / "mix"
     code, shown, err = call(
-        capsys, "compose", one / "adapter", two / "adapter", "--model", domain.inputs["model"], "--data",
+        capsys, "compose", one / "adapter", two / "adapter", "--model", tiny.inputs["model"], "--data",
         one / "seeds.jsonl", "--data", two / "seeds.jsonl", "--out", out, "--top-k", "all", "--epochs", 1, "--json",
         "--dtype", "fp32",
     )  # fmt: skip
