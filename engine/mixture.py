@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +20,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from specialize.errors import InputError, parse_json
 
 from .adapter import Adapter, load_adapter, save_adapter
 from .adapter_format import CONFIG_FILE, MIXTURE_FILE, WEIGHTS_FILE
+from .digest import file_sha256, save_tensors
 from .model import Model
 from .routing import Mixture
+from .staging import staging
 
 ROUTER_FILE, ROUTER_NAME = "router.safetensors", "router.weight"
 VERSION = 1
@@ -86,11 +86,10 @@ def save_mixture(path: str | Path, mixture: Mixture, model: Model, *, base_model
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MIXTURE_FILE).unlink(missing_ok=True)
     base_model = base_model or mixture.base_model
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as staging:
+    with staging(folder, "mixture") as place:
         for number, expert in enumerate(mixture.experts):
-            save_adapter(Path(staging) / "experts" / str(number), expert, base_model=base_model)
-        save_file({ROUTER_NAME: mixture.router}, Path(staging) / ROUTER_FILE, metadata={"format": "pt"})
-        (Path(staging) / ROUTER_FILE).chmod(0o644)
+            save_adapter(place / "experts" / str(number), expert, base_model=base_model)
+        save_tensors({ROUTER_NAME: mixture.router}, place / ROUTER_FILE, mixture.experts[0].base)
         files = _file_names(len(mixture.experts))
         manifest = {
             "format": "mixture of experts",
@@ -99,12 +98,12 @@ def save_mixture(path: str | Path, mixture: Mixture, model: Model, *, base_model
             "base": base_marks(model),
             "top_k": mixture.top_k,
             "experts": list(mixture.names),
-            "sha256": {name: _sha256(Path(staging) / name) for name in files},
+            "sha256": {name: file_sha256(place / name) for name in files},
         }
-        (Path(staging) / MIXTURE_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        (place / MIXTURE_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(folder / "experts", ignore_errors=True)
         for name in ("experts", ROUTER_FILE, MIXTURE_FILE):
-            os.replace(Path(staging) / name, folder / name)
+            os.replace(place / name, folder / name)
     return folder
 
 
@@ -116,7 +115,7 @@ def load_mixture(path: str | Path, model: Model) -> Mixture:
     for name, wanted in manifest.files.items():
         if not (folder / name).is_file():
             raise InputError(f"{folder}: no {name}, which {MIXTURE_FILE} names; the mixture is not whole")
-        if _sha256(folder / name) != wanted:
+        if file_sha256(folder / name) != wanted:
             raise InputError(f"{folder / name}: not the file that {MIXTURE_FILE} knows by its sha256; compose it anew")
     marks = base_marks(model)
     for name in sorted(set(marks) & set(manifest.base)):
@@ -201,8 +200,3 @@ def _maps_text(value: Any) -> bool:
 
 def _file_names(num_experts: int) -> list[str]:
     return [f"experts/{i}/{name}" for i in range(num_experts) for name in (CONFIG_FILE, WEIGHTS_FILE)] + [ROUTER_FILE]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

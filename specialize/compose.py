@@ -145,6 +145,7 @@ class Composer:
     def check(self, settings: Settings) -> None:
         """Raises InputError for adapters that do not go together, before anything long."""
         from .engine.adapter_format import load_modules
+        from .engine.digest import require_base
         from .engine.layout import layer_linears
         from .engine.weights import read_config
         from .train.merging import check_same_shapes
@@ -160,6 +161,7 @@ class Composer:
             for part in fused.parts
         }
         for folder, adapter in zip(folders, saved, strict=True):
+            require_base(adapter.base, folder, self.model_path)
             for module, (a, b) in adapter.parts.items():
                 if shapes.get(module) != (a.shape[1], b.shape[0]):
                     raise InputError(f"{folder}: adapts {module}, which is another in {self.model_path}: another base")

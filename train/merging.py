@@ -58,6 +58,7 @@ def merge_adapters(
     total = sum(max(len(a) for a, _ in expert.parts.values()) for expert in experts)
     rank = total if method == "average" else rank or 4 * total
     generator = torch.Generator().manual_seed(seed)
+    bases = {expert.base for expert in experts}
     parts: dict[str, Pair] = {}
     lost = whole = 0.0
     for module in modules:
@@ -77,7 +78,8 @@ def merge_adapters(
         parts[module] = (a, b * (len(a) / rank))  # readers multiply B A by alpha / its own rank, and alpha is `rank`
     save_part_matrices(
         out, parts, rank=rank, alpha=rank, targets=sorted({module.rsplit(".", 1)[-1] for module in modules}),
-        base_model=base_model, rank_pattern={module: len(a) for module, (a, _) in parts.items() if len(a) != rank},
+        base_model=base_model, base=bases.pop() if len(bases) == 1 else None,
+        rank_pattern={module: len(a) for module, (a, _) in parts.items() if len(a) != rank},
     )  # fmt: skip
     return MergeReport(rank, (lost / whole) ** 0.5 if whole else 0.0)
 
