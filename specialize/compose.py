@@ -211,7 +211,8 @@ class Composer:
         tune = replace(tune, **{name: value for name, value in changed.items() if value is not None})
         rows = encode_rows(Tokenizer.from_pretrained(self.model_path), self._rows())
         model = load_model(Model, self.model_path, self.dtype, self.device)
-        trainable, more = None, {}
+        trainable: Any = None
+        more: dict[str, Any] = {"anchor": 0.0}  # an anchor's texts are a run's own
         if routed:
             adapters = [load_adapter(expert.adapter, model) for expert in self.experts]
             names = [expert.name for expert in self.experts]
@@ -221,7 +222,7 @@ class Composer:
             trainable = TrainableRouter(
                 model, mix(adapters, names, router, settings.top_k or len(adapters)), seed=settings.seed
             )
-            more = {"rank": max(adapter.rank for adapter in adapters)}  # what memory is planned by
+            more["rank"] = max(adapter.rank for adapter in adapters)  # what memory is planned by
         config = train_config(
             tune, epochs=tune.epochs, seed=settings.seed, max_context=model.config.max_context, **more
         )
