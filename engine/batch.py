@@ -89,11 +89,17 @@ def build_step(plan: StepPlan, rows: Rows, device: torch.device | str) -> tuple[
     In the settings, ``last`` i64 are the flat indices of the hidden states that give a token, ``sampled_rows`` i64
     their sequences' rows, ``decode_rows`` i64 those of the decodes, ``wants_logprobs`` i64 the draws that report
     alternatives. Token ids of decodes are `UNKNOWN` where the step before has them. Decodes are gathered by vectorised
-    indexing; only chunks cost host time each.
+    indexing; only chunks cost host time each. The base's rows of contrasted sequences hold the same tokens on pages of
+    their own; ``last`` ends with those that go with the draws ``contrast_at`` i64.
     """
     size = rows.page_size
-    num_decodes, num_chunks = len(plan.decodes), len(plan.chunks)
-    decodes = plan.decode_rows
+    chunks = [(c, c.sequence.row) for c in plan.chunks]
+    chunks += [(c, c.sequence.twin_row) for c in plan.chunks if c.sequence.twin_row >= 0]
+    decodes, at, decode_tables = plan.decode_rows, plan.decode_at, plan.decode_rows
+    if len(plan.twins):
+        decodes, at = np.append(decodes, decodes[plan.twins]), np.append(at, at[plan.twins])
+        decode_tables = np.append(plan.decode_rows, rows.twin[plan.decode_rows[plan.twins]])
+    num_decodes, num_chunks = len(decodes), len(chunks)
     num_tokens = plan.num_tokens
     token_ids = np.empty(num_tokens, np.int64)
     positions = np.empty(num_tokens, np.int64)
@@ -102,28 +108,36 @@ def build_step(plan: StepPlan, rows: Rows, device: torch.device | str) -> tuple[
     contexts = np.empty(num_decodes + num_chunks, np.int32)
     batch_rows = np.empty(num_decodes + num_chunks, np.int64)
 
-    at = plan.decode_at
     token_ids[:num_decodes] = rows.tokens[decodes, at]
     positions[:num_decodes] = at
-    slots[:num_decodes] = rows.page_table[decodes, at // size].astype(np.int64) * size + at % size
+    slots[:num_decodes] = rows.page_table[decode_tables, at // size].astype(np.int64) * size + at % size
     starts[: num_decodes + 1] = np.arange(num_decodes + 1)
     contexts[:num_decodes] = at + 1
-    batch_rows[:num_decodes] = decodes
+    batch_rows[:num_decodes] = decode_tables
 
     end = num_decodes
-    last = [np.arange(num_decodes)]
-    for b, chunk in enumerate(plan.chunks, start=num_decodes):
+    last, twin_last = [np.arange(len(plan.decodes))], [np.arange(len(plan.decodes), num_decodes)]
+    contrast_at, num_drawn = [plan.twins], len(plan.decodes)
+    for b, (chunk, table_row) in enumerate(chunks, start=num_decodes):
         row, start, stop = chunk.sequence.row, chunk.start, chunk.stop
         begin, end = end, end + stop - start
         where = np.arange(start, stop)
         token_ids[begin:end] = rows.tokens[row, start:stop]
         positions[begin:end] = where
-        slots[begin:end] = rows.page_table[row, where // size].astype(np.int64) * size + where % size
+        slots[begin:end] = rows.page_table[table_row, where // size].astype(np.int64) * size + where % size
         starts[b + 1] = end
         contexts[b] = stop
-        batch_rows[b] = row
-        if chunk.num_draws:
-            last.append(np.arange(end - chunk.num_draws, end))
+        batch_rows[b] = table_row
+        if not chunk.num_draws:
+            continue
+        drawing = np.arange(end - chunk.num_draws, end)
+        if table_row != row:
+            twin_last.append(drawing)
+            continue
+        last.append(drawing)
+        if chunk.sequence.twin_row >= 0:
+            contrast_at.append(np.arange(num_drawn, num_drawn + chunk.num_draws))
+        num_drawn += chunk.num_draws
 
     max_context_len = int(contexts.max())
     sampled = plan.sampled_rows
@@ -131,7 +145,7 @@ def build_step(plan: StepPlan, rows: Rows, device: torch.device | str) -> tuple[
         "token_ids": token_ids,
         "positions": positions,
         "slots": slots,
-        "last": np.concatenate(last),
+        "last": np.concatenate(last + twin_last),
         "decode_rows": decodes,
         "sampled_rows": sampled,
         "wants_logprobs": np.flatnonzero(rows.num_logprobs[sampled] >= 0),
@@ -147,10 +161,16 @@ def build_step(plan: StepPlan, rows: Rows, device: torch.device | str) -> tuple[
         "min_p": rows.min_p[sampled],
         "repetition_penalty": rows.repetition_penalty[sampled],
     }
+    if plan.has_twins:
+        arrays["contrast_at"] = np.concatenate(contrast_at)
+        arrays["contrast"] = rows.contrast[sampled[arrays["contrast_at"]]]
+        arrays["contrast_floor"] = rows.contrast_floor[sampled[arrays["contrast_at"]]]
     max_prefix_len = 0
     if plan.prefixes is not None:
-        arrays["prefix_groups"] = plan.prefixes.starts
-        arrays["prefix_lens"] = plan.prefixes.lens * np.int32(size)
+        alone = np.arange(len(plan.decodes) + 1, num_decodes + 1, dtype=np.int32)  # each a group of its own
+        arrays["prefix_groups"] = np.append(plan.prefixes.starts, alone)
+        lens = np.append(plan.prefixes.lens, np.zeros(len(alone), np.int32))
+        arrays["prefix_lens"] = lens * np.int32(size)
         max_prefix_len = int(plan.prefixes.num_pages.max()) * size
     has_adapters = bool((arrays["adapter_index"] >= 0).any())
     tensors = upload(arrays, device)
@@ -159,7 +179,7 @@ def build_step(plan: StepPlan, rows: Rows, device: torch.device | str) -> tuple[
         positions=tensors.pop("positions"),
         query_starts=tensors.pop("query_starts"),
         context_lens=tensors.pop("context_lens"),
-        max_query_len=max([c.stop - c.start for c in plan.chunks], default=1),
+        max_query_len=max([c.stop - c.start for c, _ in chunks], default=1),
         max_context_len=max_context_len,
         num_decodes=num_decodes,
         slots=tensors.pop("slots"),

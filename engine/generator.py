@@ -304,6 +304,27 @@ class Generator:
             return f"the prompt has ids outside the vocabulary; allowed: integers from 0 to {vocab_size - 1}"
         if request.adapter is not None and request.adapter not in self._adapters:
             return f"adapter {request.adapter!r} is not loaded; loaded: {', '.join(self._adapters) or 'none'}"
+        if request.params.contrast:
+            return self._contrast_problem(request)
+        return self._stop_problem(request)
+
+    def _contrast_problem(self, request: Request) -> str | None:
+        if request.adapter is None:
+            return (
+                f"contrast is {request.params.contrast} without an adapter, which it sets apart from the base; "
+                "allowed: 0, or an adapter loaded beside the base (not merged)"
+            )
+        if self.max_sequences < 2:
+            return "contrast runs the base beside the expert, and max_sequences is 1; allowed: 2 or more"
+        room = self.allocator.num_pages // 2 * self.config.page_size
+        if len(request.prompt_ids) >= room:
+            return (
+                f"the prompt has {len(request.prompt_ids)} tokens; with contrast the cache holds {room}, "
+                f"so at most {room - 1} are allowed"
+            )
+        return self._stop_problem(request)
+
+    def _stop_problem(self, request: Request) -> str | None:
         if request.params.stop and self.tokenizer is None:
             return "stop strings need a tokenizer, and this generator has none"
         return None

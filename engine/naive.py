@@ -5,6 +5,7 @@ The generator must give the same tokens, whatever it batches, chunks, shares or 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -40,6 +41,11 @@ def naive_generate(
     key = stream_key(params.seed, request_id, index)
     while len(ids) < params.max_tokens and len(prompt) + len(ids) < model.config.max_context:
         logits = naive_logits(model, prompt + ids, adapters, adapter_index)[-1:]
+        if params.contrast:
+            base = naive_logits(model, prompt + ids)[-1:].float()
+            least = logits.float().max() + math.log(params.contrast_floor)
+            apart = (1 + params.contrast) * logits.float() - params.contrast * base
+            logits = torch.where(logits.float() >= least, apart, -torch.inf)
         seen = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
         seen[0, prompt + ids] = True
 
@@ -97,7 +103,8 @@ def top_logprobs(logits: torch.Tensor, token_id: int, k: int) -> list[tuple[int,
     """The ``k`` most likely tokens and their log-probabilities; the drawn token comes last where it is none of them."""
     values = logits.float().log_softmax(-1)
     top = values.topk(k)
-    pairs = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    pairs = [pair for pair in pairs if pair[1] > -math.inf]
     if token_id not in top.indices.tolist():
         pairs.append((token_id, float(values[token_id])))
     return pairs

@@ -36,11 +36,19 @@ class Sequence:
     num_cached: int = 0  # prompt tokens found in the prefix cache at first admission
     pages: list[int] = field(default_factory=list)
     page_keys: list[bytes] = field(default_factory=list)
+    twin_row: int = -1  # with contrast: the base's own row, pages and their names
+    twin_pages: list[int] = field(default_factory=list)
+    twin_keys: list[bytes] = field(default_factory=list)
     finish_reason: str | None = None
     num_preemptions: int = 0
     num_drafted: int = 0  # tokens, lately; see speculate.py
     num_accepted: int = 0
     rests_until: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the batch that it takes: with contrast the base runs the same tokens beside it."""
+        return 2 if self.params.contrast else 1
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,8 @@ class StepPlan:
     """One step: the decodes' rows in order, then the chunks.
 
     ``sampled`` lists who gets a token, in batch order and once per draw; ``sampled_at`` is the token's place in its
-    sequence. ``serials`` tell whether a row still has the sequence that it was planned for.
+    sequence. ``serials`` tell whether a row still has the sequence that it was planned for. In the batch the base's
+    decodes follow the decodes, its chunks the chunks.
     """
 
     decodes: list[Sequence]
@@ -74,11 +83,17 @@ class StepPlan:
     sampled_rows: np.ndarray  # i64
     sampled_at: np.ndarray  # i64
     serials: np.ndarray  # i64
+    twins: np.ndarray  # i64, which of the decodes run on the base, too
     prefixes: PrefixGroups | None = None  # of the decodes
 
     @property
     def num_tokens(self) -> int:
-        return len(self.decodes) + sum(c.stop - c.start for c in self.chunks)
+        chunked = sum((c.stop - c.start) * c.sequence.num_rows for c in self.chunks)
+        return len(self.decodes) + len(self.twins) + chunked
+
+    @property
+    def has_twins(self) -> bool:
+        return len(self.twins) > 0 or any(c.sequence.num_rows > 1 for c in self.chunks)
 
 
 class Rows:
@@ -106,5 +121,8 @@ class Rows:
         self.top_p = np.ones(num_rows, np.float32)
         self.min_p = np.zeros(num_rows, np.float32)
         self.repetition_penalty = np.ones(num_rows, np.float32)
+        self.contrast = np.zeros(num_rows, np.float32)
+        self.contrast_floor = np.ones(num_rows, np.float32)
+        self.twin = np.full(num_rows, -1, np.int64)  # the row of the base beside it
         self.num_logprobs = np.full(num_rows, -1, np.int32)
         self.adapter_id = np.full(num_rows, -1, np.int32)

@@ -5,13 +5,14 @@ Drawn tokens stay on the device for the next step's input and come to the host b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from ..kernels.sampling import sample
+from ..kernels.sampling import contrast, sample
 from .adapter import AdapterPool
 from .batch import Batch, build_step, upload
 from .cache import KVCache
@@ -42,7 +43,8 @@ class Draws:
         if self.top_ids is not None and self.top_logprobs is not None:
             pairs = zip(self.wanted.items(), self.top_ids.tolist(), self.top_logprobs.tolist(), strict=True)
             for (draw, count), ids, values in pairs:
-                alternatives[draw] = list(zip(ids[:count], values[:count], strict=True))
+                pairs = zip(ids[:count], values[:count], strict=True)
+                alternatives[draw] = [pair for pair in pairs if pair[1] > -math.inf]  # contrast rules some out
         return self.token_ids.numpy(), self.logprobs.numpy(), alternatives
 
 
@@ -73,17 +75,18 @@ class Runner:
     def _fill_newest(self, plan: StepPlan, rows: Rows, batch: Batch, decode_rows: torch.Tensor) -> None:
         """Tokens that the host does not know yet, the step before having drawn them."""
         if (rows.tokens[plan.decode_rows, plan.decode_at] == UNKNOWN).any():
-            ids = batch.token_ids[: len(plan.decodes)]
+            ids = batch.token_ids[: batch.num_decodes]
             ids.copy_(torch.where(ids == UNKNOWN, self._newest[decode_rows], ids))
 
     def _logits(self, plan: StepPlan, batch: Batch, last: torch.Tensor) -> torch.Tensor | None:
-        """[N, V] for the N draws; None where there are none."""
+        """[N, V] for the rows ``last``, draws first; None where there are none."""
         adapters = None
         if batch.adapter_index is not None:
             used = [s.adapter_id for s in plan.decodes] + [c.sequence.adapter_id for c in plan.chunks]
-            adapters = self._pool.select(used)
-        num_draws = len(plan.sampled)
-        every = num_draws == batch.num_tokens
+            adapters = self._pool.select([*used, -1] if plan.has_twins else used)
+        num_draws = len(last)  # with those of the base beside contrasted ones
+        # The base's decodes lie before the chunks, and their logits after those of all draws.
+        every = num_draws == batch.num_tokens and not (plan.has_twins and plan.chunks)
         logits = self._graphs.logits(batch, adapters) if every else None
         if logits is not None:
             return logits
@@ -95,6 +98,10 @@ class Runner:
         return self._model.logits(hidden if every or rows is not None else hidden[last])
 
     def _draw(self, plan: StepPlan, rows: Rows, logits: torch.Tensor, settings: dict[str, torch.Tensor]) -> Draws:
+        if plan.has_twins:
+            num_draws = len(plan.sampled)
+            logits, base, at = logits[:num_draws].float(), logits[num_draws:], settings["contrast_at"]
+            logits[at] = contrast(logits[at], base, settings["contrast"], settings["contrast_floor"])
         penalised = bool((rows.repetition_penalty[plan.sampled_rows] != 1.0).any())
         ids, logprobs = sample(
             logits,

@@ -23,6 +23,10 @@ class SamplingParams:
     temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off. ``n`` samples are drawn per prompt, each with its own
     random stream. ``stop`` strings end a completion and are cut from its text. ``logprobs`` K reports, for each
     generated token, the K most likely tokens and the one drawn, by the model's own distribution (before temperature).
+
+    ``contrast`` a > 0 decodes a request's adapter against the base: logits (1 + a)·expert − a·base, over the tokens
+    that the expert finds at least ``contrast_floor`` times as probable as its first choice (Li et al., "Contrastive
+    Decoding", 2022). All other settings then apply to these logits; logprobs are theirs.
     """
 
     max_tokens: int = 256
@@ -36,6 +40,8 @@ class SamplingParams:
     ignore_eos: bool = False
     seed: int = 0
     logprobs: int | None = None
+    contrast: float = 0.0
+    contrast_floor: float = 0.1
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -53,6 +59,9 @@ class SamplingParams:
         k = self.logprobs
         allowed = f"None or an integer from 0 to {MAX_LOGPROBS}"
         _require(k is None or (_is_int(k) and 0 <= k <= MAX_LOGPROBS), "logprobs", k, allowed)
+        _require(_is_number(self.contrast) and 0 <= self.contrast <= 100, "contrast", self.contrast, "0 (off) to 100")
+        floor = self.contrast_floor
+        _require(_is_number(floor) and 0 < floor <= 1, "contrast_floor", floor, "above 0 and at most 1")
 
 
 def _is_int(value: Any) -> bool:

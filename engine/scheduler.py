@@ -129,7 +129,8 @@ class Scheduler:
         if not self._num_in_flight:
             return False
         self._drop_spent()
-        return int(self._lacks_page().sum()) > self.allocator.num_available
+        lacking = self._decode_rows[self._lacks_page()]
+        return len(lacking) + int((self.rows.twin[lacking] >= 0).sum()) > self.allocator.num_available
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None when nothing can run (before `commit`, if tokens are in flight, else for good).
@@ -139,15 +140,15 @@ class Scheduler:
         self._drop_spent()
         preempted = self._give_decodes_pages()
         self._collect_decode_rows()
-        budget = self.max_batch_tokens - len(self._decodes)
+        budget = self.max_batch_tokens - sum(s.num_rows for s in self._decodes)
         chunks: list[Chunk] = []
         if self._drafter is not None:
             budget -= self._take_drafts(self._drafter, budget, chunks)
         for sequence in self._prefills:
-            if budget <= 0:
+            if budget < sequence.num_rows:
                 break
             budget -= self._take_chunk(sequence, budget, chunks)
-        while budget > 0 and self._waiting and self._free_rows and not (preempted and self._running):
+        while self._waiting and budget >= self._waiting[0].num_rows and not (preempted and self._running):
             if not self._admit(self._waiting[0]):
                 break
             budget -= self._take_chunk(self._waiting.popleft(), budget, chunks)
@@ -256,6 +257,7 @@ class Scheduler:
             sampled_rows=sampled_rows,
             sampled_at=sampled_at,
             serials=rows.serial[sampled_rows],
+            twins=np.flatnonzero(rows.twin[decode_rows] >= 0),
             prefixes=prefixes,
         )
 
@@ -263,8 +265,8 @@ class Scheduler:
         """Chunks of decodes that continue with a draft; returns the tokens that they run beyond the decodes' own."""
         rows, size, taken = self.rows, self.allocator.page_size, 0
         for sequence in self._decodes:
-            if sequence.params.repetition_penalty != 1.0:
-                continue  # each draw would have to know which drafts before it were right
+            if sequence.params.repetition_penalty != 1.0 or sequence.params.contrast:
+                continue  # a penalty would have to know which drafts before it were right; the base takes no drafts
             row = sequence.row
             length = int(rows.num_tokens[row])
             room = min(budget - taken, int(rows.max_tokens[row]) - length - 1)
@@ -305,7 +307,7 @@ class Scheduler:
 
     def _take_chunk(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
         start = sequence.num_computed
-        stop = min(start + budget, sequence.num_tokens)
+        stop = min(start + budget // sequence.num_rows, sequence.num_tokens)
         chunks.append(Chunk(sequence, start, stop, num_draws=int(stop == sequence.num_tokens)))
         sequence.num_computed = stop
         if self.prefix_cache:
@@ -313,32 +315,48 @@ class Scheduler:
             # whole batch, so even another sequence of this same step may read them.
             size = self.allocator.page_size
             for page_id in range(start // size, stop // size):
-                self.allocator.publish(sequence.pages[page_id], sequence.page_keys[page_id])
+                self._publish(sequence, page_id)
             self.rows.num_published[sequence.row] = stop // size
-        return stop - start
+        return (stop - start) * sequence.num_rows
+
+    def _publish(self, sequence: Sequence, page_id: int) -> None:
+        self.allocator.publish(sequence.pages[page_id], sequence.page_keys[page_id])
+        if sequence.twin_pages:
+            self.allocator.publish(sequence.twin_pages[page_id], sequence.twin_keys[page_id])
 
     def _admit(self, sequence: Sequence) -> bool:
         size = self.allocator.page_size
-        num_tokens = len(sequence.tokens)
+        num_tokens, count = len(sequence.tokens), sequence.num_rows
+        if len(self._free_rows) < count:
+            return False
         shared: list[int] = []
+        twin_shared: list[int] = []
         if self.prefix_cache:
             self._extend_keys(sequence, sequence.tokens, num_tokens // size)
             # The last token is always computed: its hidden state gives the next one.
             shared = self.allocator.acquire(sequence.page_keys[: (num_tokens - 1) // size])
-        missing = -(-num_tokens // size) - len(shared)
+            if count > 1:  # both go on from the same place
+                twin_shared = self.allocator.acquire(sequence.twin_keys[: len(shared)])
+                self.allocator.release(shared[len(twin_shared) :])
+                shared = shared[: len(twin_shared)]
+        missing = (-(-num_tokens // size) - len(shared)) * count
         # One page in hand for each that runs keeps the next steps from preempting what was just admitted.
         own = None
-        if not self._running or missing + len(self._running) <= self.allocator.num_available:
+        taken = len(self.rows.num_tokens) - len(self._free_rows)
+        if not self._running or missing + taken <= self.allocator.num_available:
             own = self.allocator.allocate(missing)
         if own is None:
             self.allocator.release(shared)
+            self.allocator.release(twin_shared)
             return False
-        sequence.pages = shared + own
+        sequence.pages = shared + own[: missing // count]
+        sequence.twin_pages = twin_shared + own[missing // count :]
         sequence.num_tokens = num_tokens
         sequence.num_computed = len(shared) * size
         if sequence.num_preemptions == 0:
             sequence.num_cached = sequence.num_computed
         sequence.row = self._free_rows.pop()
+        sequence.twin_row = self._free_rows.pop() if count > 1 else -1
         self._fill_row(sequence)
         self._running.append(sequence)
         self._prefills.append(sequence)
@@ -353,7 +371,8 @@ class Scheduler:
         rows.num_tokens[row] = rows.num_known[row] = sequence.num_tokens
         rows.num_prompt[row] = sequence.num_prompt
         rows.num_pages[row] = len(sequence.pages)
-        rows.max_tokens[row] = min(sequence.num_prompt + params.max_tokens, self.max_context)
+        longest = self.longest_context(sequence.num_rows)
+        rows.max_tokens[row] = min(sequence.num_prompt + params.max_tokens, longest)
         rows.stop_at_end[row] = not params.ignore_eos
         rows.stream_key[row] = sequence.stream_key
         rows.temperature[row] = params.temperature
@@ -363,6 +382,16 @@ class Scheduler:
         rows.repetition_penalty[row] = params.repetition_penalty
         rows.num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
         rows.adapter_id[row] = sequence.adapter_id
+        rows.contrast[row] = params.contrast
+        rows.contrast_floor[row] = params.contrast_floor
+        rows.twin[row] = twin = sequence.twin_row
+        if twin >= 0:
+            rows.page_table[twin, : len(sequence.twin_pages)] = sequence.twin_pages
+            rows.adapter_id[twin] = -1
+
+    def longest_context(self, num_rows: int) -> int:
+        """Tokens of the longest sequence that can run in so many rows."""
+        return min(self.max_context, self.allocator.num_pages // num_rows * self.allocator.page_size)
 
     def _drop_spent(self) -> None:
         """A sequence whose last token is being drawn decodes no more."""
@@ -387,14 +416,14 @@ class Scheduler:
         for sequence in [self._decodes[i] for i in np.flatnonzero(self._lacks_page()).tolist()]:
             if sequence.row < 0:
                 continue  # preempted for another one
-            page = self.allocator.allocate(1)
+            page = self.allocator.allocate(sequence.num_rows)
             while page is None:
                 preempted = True
                 victim = self._running[-1]
                 self._preempt(victim)
                 if victim is sequence:
                     break
-                page = self.allocator.allocate(1)
+                page = self.allocator.allocate(sequence.num_rows)
             if page is not None:
                 self._give_pages(sequence, page)
         if self.prefix_cache:
@@ -405,7 +434,13 @@ class Scheduler:
         return preempted
 
     def _give_pages(self, sequence: Sequence, pages: list[int]) -> None:
+        """Half of them are the base's where it runs beside."""
         row, count = sequence.row, len(sequence.pages)
+        if sequence.twin_row >= 0:
+            half = len(pages) // 2
+            pages, twins = pages[:half], pages[half:]
+            self.rows.page_table[sequence.twin_row, count : count + half] = twins
+            sequence.twin_pages += twins
         self.rows.page_table[row, count : count + len(pages)] = pages
         self.rows.num_pages[row] += len(pages)
         sequence.pages += pages
@@ -434,15 +469,18 @@ class Scheduler:
         row = sequence.row
         self._extend_keys(sequence, self.rows.tokens[row], num_full)
         for page_id in range(int(self.rows.num_published[row]), num_full):
-            self.allocator.publish(sequence.pages[page_id], sequence.page_keys[page_id])
+            self._publish(sequence, page_id)
         self.rows.num_published[row] = num_full
 
     def _extend_keys(self, sequence: Sequence, tokens: np.ndarray, count: int) -> None:
-        size, keys = self.allocator.page_size, sequence.page_keys
-        previous = keys[-1] if keys else sequence.cache_salt
-        for page_id in range(len(keys), count):
-            previous = page_key(previous, tokens[page_id * size : (page_id + 1) * size].tobytes())
-            keys.append(previous)
+        size, chains = self.allocator.page_size, [(sequence.page_keys, sequence.cache_salt)]
+        if sequence.num_rows > 1:
+            chains.append((sequence.twin_keys, b""))
+        for keys, salt in chains:
+            previous = keys[-1] if keys else salt
+            for page_id in range(len(keys), count):
+                previous = page_key(previous, tokens[page_id * size : (page_id + 1) * size].tobytes())
+                keys.append(previous)
 
     def _preempt(self, sequence: Sequence) -> None:
         sequence.tokens = self.rows.tokens[sequence.row, : self.rows.num_known[sequence.row]].copy()
@@ -459,7 +497,11 @@ class Scheduler:
         elif sequence in self._prefills:
             self._prefills.remove(sequence)
         self.allocator.release(sequence.pages)
+        self.allocator.release(sequence.twin_pages)
+        if sequence.twin_row >= 0:
+            self._free_rows.append(sequence.twin_row)
+            self.rows.twin[sequence.row] = -1
         self._free_rows.append(sequence.row)
         self.rows.serial[sequence.row] = -1
-        sequence.pages = []
-        sequence.row = -1
+        sequence.pages, sequence.twin_pages = [], []
+        sequence.row = sequence.twin_row = -1

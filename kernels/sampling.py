@@ -102,6 +102,18 @@ def sample_reference(
     return token_ids, wide.log_softmax(-1).gather(1, token_ids.unsqueeze(1)).squeeze(1).float()
 
 
+def contrast(expert: torch.Tensor, base: torch.Tensor, strength: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
+    """Logits [B, V] f32 that set an expert apart from its base: (1 + a)·expert − a·base with a = ``strength`` f32 [B],
+    −∞ for tokens less than ``floor`` f32 [B] times as probable to the expert as its most probable one.
+
+    Source: Li et al., "Contrastive Decoding: Open-ended Text Generation as Optimization" (2022), in the form of O'Brien
+    & Lewis (2023), which keeps the expert's scale; the floor is the former's plausibility constraint.
+    """
+    expert, base, a = expert.float(), base.float(), strength.unsqueeze(1)
+    least = expert.amax(1, keepdim=True) + floor.log().unsqueeze(1)
+    return (expert + a * (expert - base)).masked_fill_(expert < least, -torch.inf)
+
+
 def _draw_from(p: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     """Index of the first entry of each row of ``p`` [B, N] at which the running sum exceeds draw · total."""
     running = p.cumsum(-1, dtype=torch.float64)

@@ -121,6 +121,7 @@ class Run:
             base["kv_dtype"] = self.recipe.kv_dtype
         if self.recipe.holdout:
             base["holdout"] = self.recipe.holdout
+        contrast = plain["responses"].pop("contrast")  # nothing to runs without it, nor to the first round
         standard = Recipe().to_dict()
         for section, names in YOUNGER.items():
             for name in names:
@@ -143,6 +144,8 @@ class Run:
             found["teacher"] |= found["index"] | shown
         for round in range(1, self.recipe.rounds + 1):
             found[_numbered("responses", round)] = base | {f"responses.{k}": v for k, v in plain["responses"].items()}
+            if round > 1 and contrast:
+                found[_numbered("responses", round)]["responses.contrast"] = contrast
             found[_numbered("filter", round)] = {
                 "tasks": prints["tasks"],
                 **{f"filter.{k}": v for k, v in plain["filter"].items()},
@@ -737,6 +740,13 @@ class Run:
                     bar.set(finished, f"{passing} pass the filter")
 
             waiting = [replace(job, adapter=name) for job in waiting]
+            if round > 1 and (contrast := self.recipe.responses.contrast):
+                waiting = [
+                    replace(
+                        j, params=replace(j.params, contrast=contrast), provenance=j.provenance | {"contrast": contrast}
+                    )
+                    for j in waiting
+                ]
             run_jobs(self.generator, waiting, ledger, origin=self._origin(teacher), on_reply=count)
 
     def _judge(self, round: int) -> list[tuple[Item, Any, str, float]]:

@@ -55,7 +55,8 @@ class Responses:
     """How candidates are answered: one greedy sample and ``samples`` drawn ones, seed demonstrations, passages.
 
     ``passages_for``: "open" gives passages where the answer does not lie in the input (invented instructions, free
-    text), "all" to every prompt.
+    text), "all" to every prompt. ``contrast``: from the second round on, when the expert answers, it is decoded against
+    the base by this strength (`SamplingParams.contrast`; 0: plainly).
     """
 
     demonstrations: int = 0
@@ -66,6 +67,7 @@ class Responses:
     temperature: float = 0.7
     top_p: float = 0.95
     max_tokens: int = 128
+    contrast: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -225,6 +227,7 @@ _BOUNDS: dict[str, tuple[float, float | None]] = {
     "responses.temperature": (0, 10),
     "responses.top_p": (0.01, 1),
     "responses.max_tokens": (1, None),
+    "responses.contrast": (0, 100),
     "filter.rouge_l": (0.01, 1),
     "filter.min_words": (1, None),
     "filter.max_words": (1, None),

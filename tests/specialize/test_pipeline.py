@@ -342,7 +342,15 @@ def test_a_second_round_is_answered_by_the_first_expert(finished, tiny, tmp_path
         second = ledger.items(round=2)
         assert {i.provenance["from"] for i in second} <= {i.id for i in ledger.items(round=1)}
         reply = ledger.replies("response")[second[0].id][0]
-        assert reply.provenance["adapter"] == str(folder / "rounds" / "1")
+        assert reply.provenance["adapter"] == str(folder / "rounds" / "1") and "contrast" not in reply.provenance
+        raw = [r.raw for i in second for r in ledger.replies("response")[i.id]]
+    apart = open_run(tiny, folder, "rounds=2", "responses.contrast=0.5")
+    assert "responses.contrast" not in apart.settings_of()["responses"], "the first round is as it was"
+    apart.execute(redo=True)
+    with Ledger(folder / "ledger.sqlite") as ledger:
+        replies = ledger.replies("response")
+        assert {reply.provenance["contrast"] for i in second for reply in replies[i.id]} == {0.5}
+        assert [r.raw for i in second for r in replies[i.id]] != raw
     open_run(tiny, folder, "rounds=1").execute(redo=True)
     same = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
     assert same == (finished[0] / "adapter" / "adapter_model.safetensors").read_bytes()
