@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -194,7 +194,7 @@ def _read_manifest(folder: Path) -> _Manifest:
     return _Manifest(tuple(names), top_k, base, base_model if isinstance(base_model, str) else None, files)
 
 
-def _maps_text(value: Any) -> bool:
+def _maps_text(value: Any) -> TypeGuard[dict[str, str]]:
     return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
 
