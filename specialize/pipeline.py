@@ -636,10 +636,11 @@ class Run:
             plan = {s: (starts[s], starts[s] + n) for s, n in maker.plan_wave(wave, missing).items()}
             ledger.set_meta(key, plan)
         have = ledger.item_ids(round=1)
-        direct, jobs = [], {}
+        direct, jobs, num_direct = [], {}, 0
         for source, (start, stop) in plan.items():
             items, asked = maker.draft_jobs(wave, source, range(start, stop))
             direct += [item for item in items if item.id not in have]
+            num_direct += len(items)  # those that a killed process had written are still to be answered
             jobs[source] = asked
         with ledger.transaction():
             ledger.add_items(direct)
@@ -678,7 +679,7 @@ class Run:
             ordered = [replies[job.item_id][0] for job in mine if job.item_id in replies]
             with ledger.transaction():
                 ledger.add_items(maker.drafted(wave, source, ordered, dedupe))
-        return sum(stop - start for start, stop in plan.values()) if direct or asked else 0
+        return sum(stop - start for start, stop in plan.values()) if num_direct or asked else 0
 
     def _origin(self, adapter: str | None) -> dict[str, Any]:
         return {"model": str(self.inputs["model"]), "adapter": adapter}

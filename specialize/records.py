@@ -3,6 +3,8 @@
 A *kind* is a kind of task among the seeds (their ``task`` field, or the instruction itself where there is none).
 """
 
+# pyright: reportMissingImports=false
+# The sibling folders join this package when it is installed (setup.py); by path pyright cannot see them from here.
 from __future__ import annotations
 
 import hashlib

@@ -193,13 +193,14 @@ def _check_artefacts(db: sqlite3.Connection, found: Findings, stages: dict[str, 
     for owner, *row in db.execute("SELECT stage, path, bytes, sha256 FROM artefacts ORDER BY path").fetchall():
         owners.add(owner)
         found.checked["files"] += 1
-        _check_file(found, Artefact(*row), owner)
+        check_file(found, Artefact(*row), owner)
     for name, (done, _) in stages.items():
         if done and name not in owners and name.partition("-")[0] in _MAKES:
             found.wrong.append(f"stage {name}: no hash of {_MAKES[name.partition('-')[0]]} is recorded")
 
 
-def _check_file(found: Findings, recorded: Artefact, owner: str) -> None:
+def check_file(found: Findings, recorded: Artefact, owner: str) -> None:
+    """Whether a file is the one that ``owner``, a stage or what is published beside them, left."""
     path = found.folder / recorded.path
     if Path(recorded.path).is_absolute() or ".." in Path(recorded.path).parts:
         found.wrong.append(f"{recorded.path!r:.200} ({owner}) is no place within the run folder")

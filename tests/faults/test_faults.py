@@ -60,6 +60,15 @@ def test_a_run_survives(name, stage, small, tmp_path, small_disk):
     assert verify(work.folder).wrong == []
 
 
+def test_a_kill_in_the_second_wave(small, tmp_path):
+    """Its candidates are in the ledger and most are not answered."""
+    work = job(small.domain, tmp_path / "run")
+    assert child(work, lambda: break_at("second wave", lambda: FAULTS["SIGKILL"].happen(work))).code == -signal.SIGKILL
+    restarted = child(work)
+    assert restarted.code == 0, restarted.output
+    assert differences(small.expected, contents(work.folder)) == []
+
+
 def check_end(fault: Fault, ended, work) -> None:
     """The child met the fault, and ended as one must: by the signal, or with one line that says what happened."""
     assert ended.code in fault.codes, (ended.code, ended.output)

@@ -1,6 +1,7 @@
 """``specialize verify`` finds what was done to a finished run, says it in words, and leaves the folder as it was."""
 
 import json
+import os
 import random
 import shutil
 import sqlite3
@@ -13,13 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from specialize.cli import main
 from specialize.errors import InputError
-from specialize.files import survey
+from specialize.files import Artefact, survey
 from specialize.ledger import run_lock
 from specialize.pipeline import Run
 from specialize.progress import Reporter
 from specialize.recipe import read_recipe
-from specialize.seal import open_read_only
-from specialize.verify import verify
+from specialize.seal import check_seal, open_read_only
+from specialize.verify import Findings, check_file, verify
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +82,43 @@ def test_a_file_cut_off_at_some_lengths_is_found(run):
             assert any(path.name in text for text in findings), (path, length, findings)
         path.write_bytes(content)
     assert verify(run).wrong == []
+
+
+@pytest.mark.parametrize("most_bytes", [4096, pytest.param(1 << 30, marks=pytest.mark.slow)])
+def test_a_file_cut_off_at_any_length_is_found(run, most_bytes):
+    """Every length of every artefact and of the seal; of the ledger every eleventh and those beside a page's border.
+    What is called here is what `verify` asks of each file, without the rest."""
+    with closing(open_read_only(run / "ledger.sqlite")) as db:
+        recorded = {row[0]: Artefact(*row) for row in db.execute("SELECT path, bytes, sha256 FROM artefacts")}
+    checked = 0
+    for path in referenced(run):
+        content = path.read_bytes()
+        if len(content) > most_bytes:
+            continue
+        name = str(path.relative_to(run))
+        for length in reversed(range(len(content))):
+            if name == "ledger.sqlite" and length % 11 and (length + 1) % 4096 > 2:
+                continue
+            os.truncate(path, length)
+            if name in recorded:
+                found = Findings(run)
+                check_file(found, recorded[name], "")
+                findings = found.wrong
+            else:
+                findings = check_seal(run / "ledger.sqlite")
+            assert findings, (name, length)
+            assert path.name in findings[0]
+            checked += 1
+        path.write_bytes(content)
+    assert verify(run).wrong == []
+    assert checked > 5000
+
+
+def test_an_artefact_outside_of_the_folder_is_not_read(run):
+    for place in ("../other", "/etc/hostname", "a/../../b"):
+        found = Findings(run)
+        check_file(found, Artefact(place, 1, "0"), "tune")
+        assert found.wrong == [f"{place!r} (tune) is no place within the run folder"]
 
 
 def test_a_missing_file_is_named(run):
