@@ -27,6 +27,7 @@ from .linear import Linear
 from .model import AdaptedLinear, Model
 from .quantize import linear_path, quantize_weight
 from .routing import ExpertStack, Mixture, MixtureAdapters, Routed, RoutedAdapters
+from .weights import is_finite
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Adapter:
 def load_adapter(path: str | Path, model: Model) -> Adapter:
     """Reads a PEFT adapter folder and fits it to ``model``.
 
-    Raises InputError naming what is missing, unsupported, or belongs to another base.
+    Raises InputError naming what is missing, unsupported, or belongs to another base, or is too large a number for the
+    model's dtype.
     """
     saved = load_modules(path)
     known = {part.path: (adapted, part) for adapted in model.adaptable for part in adapted.parts}
@@ -70,6 +72,12 @@ def load_adapter(path: str | Path, model: Model) -> Adapter:
                 f"{expected[0]} to {expected[1]} features; the adapter belongs to another base"
             )
     require_base(saved.base, path, model.source)
+        for what, tensor in (("A", a), ("B", b * saved.scaling)):
+            if not is_finite(tensor, model.dtype):
+                raise InputError(
+                    f"{path}: {what} of {module} holds numbers beyond what {str(model.dtype).removeprefix('torch.')} "
+                    "can hold; ask for bf16 or fp32"
+                )
     matrices = {}
     for adapted in model.adaptable:
         fused = _fuse(adapted, saved.parts)
@@ -123,6 +131,11 @@ def merge_adapter(model: Model, adapter: Adapter) -> None:
         stretch = row_stretch(adapted, adapter)
         if stretch is not None:
             merged *= 1.0 + stretch[:, None]
+        if not is_finite(merged, model.dtype):
+            raise InputError(
+                f"the adapter makes the {adapted.name} weights of layer {adapted.layer_id} infinite in "
+                f"{str(model.dtype).removeprefix('torch.')}; ask for bf16 or fp32"
+            )
         if not linear.quantized:
             linear.replace(merged.to(model.dtype), linear.bias)
         else:

@@ -13,6 +13,7 @@ from typing import Any
 
 from specialize.errors import InputError, parse_json
 
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")  # suffixes of checkpoints that only `convert` reads
 LLAMA_FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 ARCHITECTURES = ("mpt", *LLAMA_FAMILY)
 
@@ -142,6 +143,11 @@ class ModelConfig:
     def from_folder(path: str | Path) -> ModelConfig:
         """Reads a Hugging Face folder: ``config.json``, and ``generation_config.json`` for further end-of-text ids."""
         folder = Path(path)
+        if folder.suffix in PICKLES and folder.is_file():
+            raise InputError(
+                f"{folder}: a pickle, which may run code, is not read; `specialize convert {folder.parent} NEW` writes "
+                "its folder anew, with the config.json beside it, as safetensors"
+            )
         if not folder.is_dir():
             raise InputError(f"{folder}: no such model folder; give a folder with config.json, or a .gguf file")
         raw = read_json(folder / "config.json")

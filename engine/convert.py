@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,23 +21,25 @@ import torch
 
 from specialize.errors import InputError
 
-from .config import ModelConfig, read_json
+from .config import PICKLES, ModelConfig, read_json
 from .digest import base_identity, save_tensors
 from .gguf import GGUFFile
 from .layout import expected_tensors
 from .quantize import PREFIX, Quantization, QuantizedView, check_shapes, quantization_of
 from .staging import staging
 from .tokenizer import tokenizer_from_gguf
-from .weights import SafetensorsFolder, check_tensors
+from .weights import FiniteTensors, SafetensorsFolder, check_tensors
 
 _BIN_NAME = re.compile(r"[^/\\\x00]{1,240}\.bin")
+# Names of whole models; a trainer's optimizer.pt and training_args.bin are none.
+_BIN_PATTERNS = ("pytorch_model*.bin", "pytorch_model*.pt", "pytorch_model*.pth", "model*.pt", "model*.pth")
 MAX_SHARD_BYTES = 5 * 10**9
 _COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*")
-_NOT_COPIED = ("*.index.json", "*.safetensors", "*.bin")
+_NOT_COPIED = ("*.index.json", "*.safetensors", *(f"*{suffix}" for suffix in PICKLES))
 
 
 class BinFolder(Mapping[str, torch.Tensor]):
-    """Tensors of ``pytorch_model*.bin`` files, mapped where the file's format allows it."""
+    """Tensors of pickled shards (``pytorch_model*.bin`` and the like), mapped where the file's format allows it."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -49,9 +52,10 @@ class BinFolder(Mapping[str, torch.Tensor]):
             if not all(_BIN_NAME.fullmatch(name) for name in names):
                 raise InputError(f"{index}: names a shard that is no *.bin file in this folder")
         else:
-            names = sorted(f.name for f in self.path.glob("pytorch_model*.bin"))
+            found = (sorted(f.name for f in self.path.glob(pattern)) for pattern in _BIN_PATTERNS)
+            names = next(filter(None, found), [])
         if not names:
-            raise InputError(f"{self.path}: neither *.safetensors nor pytorch_model*.bin in it")
+            raise InputError(f"{self.path}: neither *.safetensors nor any of {', '.join(_BIN_PATTERNS)} in it")
         self._tensors: dict[str, torch.Tensor] = {}
         for name in names:
             self._tensors.update(_load_bin(self.path / name))
@@ -88,6 +92,7 @@ class _Updated(Mapping[str, torch.Tensor]):
 def _load_bin(file: Path) -> dict[str, torch.Tensor]:
     if not file.exists():
         raise InputError(f"{file}: this shard is missing; the download is incomplete")
+    _check_archive(file)
     try:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -100,7 +105,24 @@ def _load_bin(file: Path) -> dict[str, torch.Tensor]:
         raise InputError(f"{file}: not a whole torch checkpoint ({reason}); fetch it again") from None
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise InputError(f"{file}: does not map names to tensors")
+    for name, tensor in state.items():
+        if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise InputError(f"{file}: tensor {str(name)[:80]} is larger than what is stored of it; it is not read")
     return state
+
+
+def _check_archive(file: Path) -> None:
+    """torch stores its archives' members as they are; one that unpacks to more than the file is not torch's."""
+    if not zipfile.is_zipfile(file):
+        return
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError) as error:
+        raise InputError(f"{file}: not a whole torch checkpoint ({error}); fetch it again") from None
+    for member in members:
+        if member.compress_type != zipfile.ZIP_STORED or member.file_size > file.stat().st_size:
+            raise InputError(f"{file}: {member.filename[:80]!r} in it is compressed, which torch never does; not read")
 
 
 def convert(
@@ -119,7 +141,8 @@ def convert(
     (`quantize.CHOICES`) quantises the layers' linear weights from the values of the source; the rest is as without.
     ``update(name, tensor)`` gives what is written in a tensor's place, of the same shape and dtype.
     ``on_tensor(done_bytes, total_bytes)`` reports progress. Raises InputError where the source is not a whole, known
-    model, the target exists, or the disk has too little room.
+    model, a tensor holds NaN or infinity or a number beyond ``dtype``, the target exists, or the disk has too little
+    room.
     """
     source, quantization = Path(source), Quantization.parse(quantize)
     if source.suffix == ".gguf":
@@ -151,6 +174,7 @@ def convert(
             if quantization is not None:
                 _write_config(folder, read_json(folder / "config.json"), quantization)
 
+    tensors = FiniteTensors(tensors, str(source), dtype)
     if update is not None:
         tensors = _Updated(tensors, update)
     if dtype is not None:

@@ -24,7 +24,8 @@ from ..kernels.layernorm import layernorm
 from .batch import Batch
 from .config import read_json
 from .linear import Linear
-from .weights import SafetensorsFolder
+from .tokenizer_growth import check_growth
+from .weights import FiniteTensors, SafetensorsFolder
 
 _UNUSED = ("pooler.", "cls.")  # heads for other tasks that checkpoints may carry
 
@@ -83,6 +84,7 @@ class Embedder:
         return Embedder(path, dtype=dtype, device=device, backend=backend)
 
     def _load(self, tensors: SafetensorsFolder, config: dict[str, Any], folder: Path) -> None:
+        finite = FiniteTensors(tensors, str(folder), self.dtype)
         prefix = "bert." if any(name.startswith("bert.") for name in tensors) else ""
         used: set[str] = set()
 
@@ -90,7 +92,7 @@ class Embedder:
             if prefix + name not in tensors:
                 raise InputError(f"{folder}: tensor {prefix + name} is missing")
             used.add(prefix + name)
-            return tensors[prefix + name].to(device=self.device, dtype=self.dtype)
+            return finite[prefix + name].to(device=self.device, dtype=self.dtype)
 
         def linear(*names: str) -> Linear:
             weight = torch.cat([take(n + ".weight") for n in names])
@@ -210,8 +212,11 @@ def _read_tokenizer(folder: Path, max_tokens: int) -> Backend:
         raise InputError(f"{file}: no such file; an embedder folder needs it")
     try:
         tokenizer = Backend.from_file(str(file))
-    except Exception as error:  # noqa: BLE001  (the package raises plain Exception for every defect of the file)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # noqa: BLE001  (the package raises plain Exception, and its panics are no Exception)
         raise InputError(f"{file}: not a usable tokenizer ({error})") from None
+    check_growth(tokenizer, str(file))
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_tokens)
     return tokenizer

@@ -15,7 +15,7 @@ from .convert import convert
 from .digest import require_base
 from .layout import layer_linears
 from .quantize import quantization_of
-from .weights import open_checkpoint
+from .weights import is_finite, open_checkpoint
 
 
 def check_mergeable(source: str | Path) -> None:
@@ -54,7 +54,13 @@ def merge_checkpoint(
         if module in saved.magnitudes:
             norms = torch.linalg.vector_norm(merged, dim=1).clamp(min=1e-12)
             merged *= (saved.magnitudes[module] / norms)[:, None]
-        return merged.to(dtype or tensor.dtype)
+        rounded = merged.to(dtype or tensor.dtype)
+        if not is_finite(rounded):
+            raise InputError(
+                f"{adapter}: makes {name} of {source} infinite in {str(rounded.dtype).removeprefix('torch.')}; merge "
+                "with --dtype bf16 or fp32, or keep the adapter beside the base"
+            )
+        return rounded
 
     return convert(source, target, dtype=dtype, update=update, on_tensor=on_tensor)
 

@@ -248,7 +248,7 @@ class Model:
         config, tensors = open_checkpoint(path)
         model = Model(
             config,
-            FiniteTensors(tensors, str(path)),
+            FiniteTensors(tensors, str(path), dtype),
             dtype=dtype,
             device=device,
             inference=inference,

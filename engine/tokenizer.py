@@ -19,6 +19,7 @@ from specialize.errors import InputError
 
 from .chat_template import render_chat
 from .config import ModelConfig, read_json, shown
+from .tokenizer_growth import check_growth
 
 _GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _MODERN_SPLIT = (
@@ -101,7 +102,9 @@ class Tokenizer:
         """Token ids of a text. Special tokens spelled out in it are recognised."""
         try:
             return self.backend.encode(_text(text), add_special_tokens=add_special_tokens).ids
-        except Exception as error:  # noqa: BLE001  (the package raises plain Exception: a tokenizer.json that lacks parts)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # noqa: BLE001  (plain Exception where parts lack; a panic, which is none, in a regex)
             raise self._unusable(error) from None
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
@@ -109,16 +112,23 @@ class Tokenizer:
         checked = [_text(t) for t in texts]
         try:
             encodings = self.backend.encode_batch_fast(checked, add_special_tokens=add_special_tokens)
-        except Exception as error:  # noqa: BLE001  (as in `encode`)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # noqa: BLE001  (as in `encode`)
             raise self._unusable(error) from None
         return [encoding.ids for encoding in encodings]
 
-    def _unusable(self, error: Exception) -> InputError:
+    def _unusable(self, error: BaseException) -> InputError:
         return error if isinstance(error, InputError) else InputError(f"{self.source}: cannot tokenize ({error})")
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD."""
-        return self.backend.decode(list(ids), skip_special_tokens=skip_special)
+        try:
+            return self.backend.decode(list(ids), skip_special_tokens=skip_special)
+        except (KeyboardInterrupt, SystemExit, OverflowError):  # an id that is no id is the caller's
+            raise
+        except BaseException as error:  # noqa: BLE001  (as in `encode`)
+            raise self._unusable(error) from None
 
     def decoder(self, skip_special: bool = True) -> IncrementalDecoder:
         """A decoder that takes ids one by one and gives out text as soon as it is certain."""
@@ -217,6 +227,7 @@ def _from_folder(folder: Path) -> Tokenizer:
         raise
     except BaseException as error:  # noqa: BLE001  (the package raises plain Exception, and its panics are no Exception)
         raise InputError(f"{file}: not a usable tokenizer ({error})") from None
+    check_growth(backend, str(file))
     options = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
     config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     generation = read_json(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from specialize.errors import InputError
 
-from .config import ModelConfig, read_json
+from .config import PICKLES, ModelConfig, read_json
 from .layout import EMBEDDING, HEAD, expected_tensors, top_path
 from .quantize import PREFIX, quantized_tensors, stored_quantization
 
@@ -49,8 +49,8 @@ class SafetensorsFolder(Mapping[str, torch.Tensor]):
             files = [single] if single.exists() else sorted(self.path.glob("*.safetensors"))
         if not files:
             hint = "no *.safetensors in it"
-            if any(self.path.glob("*.bin")):
-                hint = "only .bin weights, which are pickles; run `specialize convert SRC DST` once"
+            if pickles := sorted(f.suffix for f in self.path.glob("*") if f.suffix in PICKLES):
+                hint = f"only {pickles[0]} weights, which are pickles; run `specialize convert {self.path} NEW` once"
             raise InputError(f"{self.path}: {hint}")
         self.files = files
         for file in files:
@@ -145,16 +145,22 @@ def check_tensors(
 
 
 class FiniteTensors(Mapping[str, torch.Tensor]):
-    """Tensors of ``tensors``, each looked at when it is read: NaN or infinity in one is an InputError naming it."""
+    """Tensors of ``tensors``, each looked at when it is read: NaN or infinity in one, or a number that ``dtype`` would
+    make infinite, is an InputError naming it."""
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], source: str) -> None:
-        self._tensors, self._source = tensors, source
+    def __init__(self, tensors: Mapping[str, torch.Tensor], source: str, dtype: torch.dtype | None = None) -> None:
+        self._tensors, self._source, self._dtype = tensors, source, dtype
 
     def __getitem__(self, name: str) -> torch.Tensor:
         tensor = self._tensors[name]
         if not is_finite(tensor):
             raise InputError(
                 f"{self._source}: tensor {name} holds NaN or infinity; the checkpoint is damaged or its training failed"
+            )
+        if self._dtype is not None and not is_finite(tensor, self._dtype):
+            raise InputError(
+                f"{self._source}: tensor {name} holds {tensor.abs().max().item():.3g}, beyond what "
+                f"{str(self._dtype).removeprefix('torch.')} can hold; ask for bf16 or fp32"
             )
         return tensor
 
@@ -165,13 +171,14 @@ class FiniteTensors(Mapping[str, torch.Tensor]):
         return len(self._tensors)
 
 
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether every number is finite, in one pass that allocates nothing of a wide tensor's size."""
+def is_finite(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether every number is finite (once it is of ``dtype``), in one pass that allocates nothing of a wide tensor's
+    size."""
     if tensor.numel() == 0 or not tensor.is_floating_point():
         return True
     if tensor.itemsize == 1:  # fp8 has no arithmetic; its NaN is all ones but for the sign
         return not bool(((tensor.view(torch.uint8) & 0x7F) == 0x7F).any())
-    low, high = torch.aminmax(tensor)
+    low, high = (end.to(dtype or tensor.dtype) for end in torch.aminmax(tensor))
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 

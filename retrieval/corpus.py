@@ -13,10 +13,14 @@ from typing import Any, BinaryIO, cast
 
 from specialize.errors import InputError, parse_json
 
+from .parquet_pages import largest_pages
+
 DEFAULT_MAX_WORDS = 150  # about 230 WordPiece tokens of biomedical prose; MiniLM reads 256
 DEFAULT_OVERLAP_WORDS = 30
 MAX_RECORD_BYTES = 64 << 20  # one document; far above the longest article, and what a hostile file may make us hold
 MAX_XML_DEPTH = 200
+MAX_PAGE_BYTES = 128_000_000  # of a Parquet column, unpacked; DuckDB writes pages of 100 MB
+MAX_BATCH_BYTES = 256 << 20  # of Parquet rows read at once: the fewer, the larger they may be
 
 
 @dataclass(frozen=True)
@@ -172,15 +176,36 @@ def _read_parquet(file: Path, root: Path) -> Iterator[_Located]:
         missing = [name for name in ("id", "text") if name not in names]
         if missing:
             raise InputError(f'{file}: no column "{missing[0]}"; it has {", ".join(names)}')
-        row_number = 0
         columns = [name for name in ("id", "title", "text") if name in names]
-        for batch in table.iter_batches(batch_size=1024, columns=columns):
-            for row in batch.to_pylist():
+        for name in columns:
+            _check_column(table.schema_arrow.field(name).type, name, file)
+        pages = largest_pages(file, table.metadata, columns)
+        if (largest := max(pages.values())) > MAX_PAGE_BYTES:
+            raise InputError(
+                f"{file}: a page of {largest / 1e6:.0f} MB once unpacked; allowed are {MAX_PAGE_BYTES / 1e6:.0f} MB: "
+                "write the file anew with smaller pages"
+            )
+        num_rows = min(max(MAX_BATCH_BYTES // max(sum(pages.values()), 1), 1), 1024)
+        row_number = 0
+        for batch in table.iter_batches(batch_size=num_rows, columns=columns):
+            for cells in zip(*batch.columns, strict=True):  # a row at a time: Python's strings come on top of Arrow's
                 row_number += 1
+                row = {name: cell.as_py() for name, cell in zip(batch.schema.names, cells, strict=True)}
                 yield _located(row, f"{file}: row {row_number}")
-    except (pyarrow.ArrowException, UnicodeDecodeError, MemoryError) as error:
+    except InputError:
+        raise
+    except (pyarrow.ArrowException, ValueError, MemoryError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{file}: damaged or not a Parquet file ({reason})") from error
+
+
+def _check_column(kind: Any, name: str, file: Path) -> None:
+    """Lists and values of a set width may be of any size in a small file; a document has neither."""
+    from pyarrow import types
+
+    plain = kind.value_type if types.is_dictionary(kind) else kind
+    if not (types.is_primitive(plain) or types.is_null(plain) or str(plain) in _TEXTS):
+        raise InputError(f'{file}: column "{name}" holds {kind!s:.80}; it must hold strings')
 
 
 def _read_pubmed(file: Path, root: Path) -> Iterator[_Located]:
@@ -234,7 +259,8 @@ class _Bounded:
         self._given = 0
 
     def read(self, size: int = -1) -> bytes:
-        data = self._stream.read(size)
+        # expat before 2.6 scans a comment or value that is not at its end yet anew with each piece: few, large pieces.
+        data = self._stream.read(max(size, 2 << 20))
         self._given += len(data)
         if self._given > MAX_RECORD_BYTES:
             raise InputError(f"{self._name}: an article of more than {MAX_RECORD_BYTES >> 20} MiB")
@@ -262,6 +288,7 @@ def _inner_text(element: Any) -> str:
     return " ".join("".join(element.itertext()).split())
 
 
+_TEXTS = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
 _READERS = {
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,

@@ -205,6 +205,7 @@ _CHOICES = {
     "tune.schedule": ("linear", "cosine", "constant"),
 }
 _MAX_BYTES = 1 << 20
+_MAX_DEPTH = 20  # recipes have three levels; the scanner looks at all open ones at each token
 # Inclusive bounds of numbers; None is open.
 _BOUNDS: dict[str, tuple[float, float | None]] = {
     "examples": (1, None),
@@ -266,7 +267,15 @@ def _compose(path: Path) -> Any:
         if path.stat().st_size > _MAX_BYTES:
             raise InputError(f"{path}: larger than {_MAX_BYTES >> 20} MiB; this is no recipe")
         text = path.read_text(encoding="utf-8")
+        starts = (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken)
+        starts += (yaml.BlockSequenceStartToken, yaml.BlockMappingStartToken)
+        ends = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
+        depth = 0
         for token in yaml.scan(text, Loader=yaml.SafeLoader):
+            depth += isinstance(token, starts) - isinstance(token, ends)
+            if depth > _MAX_DEPTH:
+                line = token.start_mark.line + 1
+                raise InputError(f"{path}:{line}: nested more than {_MAX_DEPTH} deep; this is no recipe")
             if isinstance(token, yaml.AliasToken | yaml.AnchorToken):
                 line = token.start_mark.line + 1
                 raise InputError(f"{path}:{line}: anchors and aliases (& and *) are not taken; write the value out")

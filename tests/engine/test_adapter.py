@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import peft
@@ -173,6 +174,17 @@ def test_broken_adapter_folders(saved, tmp_path):
     tensors.pop(next(name for name in tensors if "lora_B" in name))
     save_file(tensors, copy / "adapter_model.safetensors")
     with pytest.raises(InputError, match="without its other half"):
+        load_adapter(copy, model)
+    for kind in ("lora_A", "lora_B"):
+        copy = broken("e")
+        tensors = load_file(copy / "adapter_model.safetensors")
+        name = next(name for name in tensors if kind in name)
+        tensors[name][1, 1] = float("nan")
+        save_file(tensors, copy / "adapter_model.safetensors")
+        with pytest.raises(InputError, match=re.escape(f"tensor {name} holds NaN or infinity")):
+            load_adapter(copy, model)
+    (copy / "adapter_model.safetensors").rename(copy / "adapter_model.bin")
+    with pytest.raises(InputError, match=r"pickled adapters \(\.bin\) are not read"):
         load_adapter(copy, model)
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
 from checkpoints import LLAMA, llama_dict, mpt_dict, save_folder, save_transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from specialize.engine.batch import Batch
+from specialize.engine.config import ModelConfig
 from specialize.engine.convert import convert
 from specialize.engine.model import Model
 from specialize.engine.tokenizer import Tokenizer
@@ -141,6 +143,46 @@ def test_what_is_refused_leaves_nothing_behind(tmp_path, capsys):
     shutil.rmtree(source)
     source.mkdir()
     refused("config.json: no such file")
+
+
+@pytest.mark.parametrize("kind", ["bin", "safetensors", "gguf"])
+@pytest.mark.parametrize("bad", [float("nan"), -float("inf")])
+def test_weights_that_are_no_numbers_are_named(kind, bad, tmp_path):
+    from test_gguf import write_gguf
+    from test_tokenizer import sentencepiece_metadata
+
+    source, name = tmp_path / "src", "model.layers.1.mlp.down_proj.weight"
+    tensors = bin_folder(source, llama_dict(vocab_size=400))
+    tensors[name][3, 5] = bad
+    if kind == "bin":
+        torch.save(tensors, source / "pytorch_model.bin")
+    elif kind == "safetensors":
+        save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    else:
+        config = ModelConfig.from_folder(source)
+        source = write_gguf(tmp_path / "m.gguf", config, tensors, extra=sentencepiece_metadata(True))
+    before = sorted(tmp_path.iterdir())
+    for options in ({}, {"dtype": torch.float16}, {"quantize": "int8"}):
+        with pytest.raises(InputError, match=re.escape(f"tensor {name} holds NaN or infinity")):
+            convert(source, tmp_path / "dst", **options)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_numbers_beyond_the_type_asked_for_are_named(tmp_path):
+    source, name = save_folder(tmp_path / "src", llama_dict()), "model.layers.0.self_attn.q_proj.weight"
+    tensors = load_file(source / "model.safetensors")
+    tensors[name][0, 0] = -70_000.0
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    for call in (
+        lambda: convert(source, tmp_path / "dst", dtype=torch.float16),
+        lambda: Model.from_pretrained(source, dtype=torch.float16),
+    ):
+        with pytest.raises(InputError, match=re.escape(f"tensor {name} holds 7e+04, beyond what float16 can hold")):
+            call()
+    tensors[name][0, 0] = 65_519.0  # rounds to fp16's largest number
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    written = load_file(convert(source, tmp_path / "dst", dtype=torch.float16) / "model.safetensors")
+    assert written[name][0, 0] == 65_504
 
 
 def test_existing_targets_are_kept(tmp_path):

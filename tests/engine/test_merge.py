@@ -2,10 +2,14 @@
 
 import copy
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from specialize.engine.adapter import load_adapter, merge_adapter
 from specialize.engine.merge import merge_checkpoint
 from specialize.engine.model import Model
 from specialize.engine.quantize import Quantization
@@ -79,3 +83,44 @@ def test_what_does_not_belong_together_is_told(tmp_path):
     with pytest.raises(InputError, match="its weights are nf4"):
         merge_checkpoint(tmp_path / "a" / "base", tmp_path / "a" / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["base", "adapter"])
+def test_numbers_that_are_none_are_named(name, tmp_path):
+    with_adapter("Llama", tmp_path)
+    file = tmp_path / ("base/model.safetensors" if name == "base" else "adapter/adapter_model.safetensors")
+    tensors = load_file(file)
+    bad = next(key for key in tensors if key.endswith(("layers.1.mlp.down_proj.weight", "down_proj.lora_A.weight")))
+    tensors[bad][1, 2] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=re.escape(f"tensor {bad} holds NaN or infinity")):
+        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_the_number_format_cannot_hold_is_told(tmp_path):
+    with_adapter("Llama", tmp_path)
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors[next(key for key in tensors if key.endswith("layers.0.self_attn.v_proj.lora_B.weight"))][0] = 1e6
+    save_file(tensors, file, metadata={"format": "pt"})
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "whole")
+    with pytest.raises(InputError, match=r"makes model\.layers\.0\.self_attn\.v_proj\.weight .*infinite in float16"):
+        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "half", dtype=torch.float16)
+    model = Model.from_pretrained(tmp_path / "base", dtype=torch.float16)
+    with pytest.raises(InputError, match=r"B of model\.layers\.0\.self_attn\.v_proj holds numbers beyond .*float16"):
+        load_adapter(tmp_path / "adapter", model)
+    tensors = {key: value.clamp(max=3e4) for key, value in tensors.items()}  # times alpha / rank: fp16 holds neither
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match="beyond what float16"):
+        load_adapter(tmp_path / "adapter", model)
+    load_adapter(tmp_path / "adapter", Model.from_pretrained(tmp_path / "base", dtype=torch.bfloat16))
+
+
+def test_merging_into_a_model_looks_at_what_comes_out(tmp_path):
+    with_adapter("Llama", tmp_path)
+    model = Model.from_pretrained(tmp_path / "base", dtype=torch.float16)
+    adapter = load_adapter(tmp_path / "adapter", model)
+    large = {key: (a * 1e3, b * 1e3) for key, (a, b) in adapter.matrices.items()}
+    with pytest.raises(InputError, match="the adapter makes the qkv weights of layer 0 infinite in float16"):
+        merge_adapter(model, replace(adapter, matrices=large))

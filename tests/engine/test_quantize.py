@@ -192,7 +192,7 @@ def test_what_cannot_be_quantised_is_named(tmp_path):
     tensors = load_file(source / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = float("inf")
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"layers\.1\.gate_up: cannot be quantised; .*finite"):
+    with pytest.raises(InputError, match=r"tensor model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinity"):
         convert(source, tmp_path / "not", quantize="fp8")
     with pytest.raises(InputError, match=r"tensor model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinity"):
         Model.from_pretrained(source, quantize="fp8")

@@ -273,8 +273,8 @@ def test_templates_can_refuse_and_use_what_they_need():
     ],
 )
 def test_hostile_templates_are_stopped(template):
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(InputError) as error:
         with_template(template).apply_chat_template(MESSAGES)
     assert "\n" not in str(error.value)
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10

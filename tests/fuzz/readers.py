@@ -46,6 +46,9 @@ from specialize.recipe import Recipe, read_recipe, remembered_inputs, write_reci
 from specialize.records import fingerprint, read_seeds, read_tasks, read_training_rows
 from specialize.standalone import read_prompts
 
+MAX_SECONDS = 10.0  # that a reader may take over a small file: above the five that a chat template has
+MAX_EXTRA_BYTES = 2 << 30
+
 CONFIG = {
     "model_type": "llama", "vocab_size": 8, "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1,
     "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 16, "bos_token_id": 1,
