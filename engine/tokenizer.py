@@ -38,8 +38,9 @@ _PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2"), (_MODERN_SPLIT % "",)),
     "tekken": (_TEKKEN_SPLIT,),
 }
-# Every split of a token is looked at to find its merges, so the work grows with the square of its length.
-_MAX_TOKEN_CHARS = 1024
+# Every cut of a token is looked at to find its merges, so work and memory grow with the square of its length; no known
+# vocabulary has a token of a hundred characters that is not whole by itself, or five million characters in its merges.
+_MAX_TOKEN_CHARS, _MAX_CUT_CHARS, _MAX_MERGE_CHARS = 1024, 256, 20_000_000
 _CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6  # tokenizer.ggml.token_type
 
 
@@ -293,7 +294,7 @@ def _from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
             f"{source}: a token is no text of at most {_MAX_TOKEN_CHARS} characters; the file is corrupted"
         )
     types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
-    backend = _byte_level(metadata, tokens, source) if kind == "gpt2" else _sentencepiece(metadata, tokens)
+    backend = (_byte_level if kind == "gpt2" else _sentencepiece)(metadata, tokens, source)
     vocab = backend.get_vocab(with_added_tokens=False)
     for wanted, special in ((_CONTROL, True), (_USER_DEFINED, False)):
         names = [token for token, t in zip(tokens, types, strict=True) if t == wanted and token in vocab]
@@ -333,17 +334,22 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], source: str) -> 
     return backend
 
 
-def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str]) -> Backend:
+def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], source: str) -> Backend:
     """SentencePiece BPE: pairs merge best score first, so the merges follow from the scores."""
     vocab = {token: i for i, token in enumerate(tokens)}
     if "tokenizer.ggml.merges" in metadata:
         merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     else:
         scores = metadata.get("tokenizer.ggml.scores") or [-float(i) for i in range(len(tokens))]
-        ranked = []
+        ranked, num_chars = [], 0
         for token, token_id in vocab.items():
+            if len(token) > _MAX_CUT_CHARS:
+                continue
             pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
             found = [(vocab[a], vocab[b], a, b) for a, b in pairs if a in vocab and b in vocab]
+            num_chars += len(found) * len(token)
+            if num_chars > _MAX_MERGE_CHARS:
+                raise InputError(f"{source}: its tokens have merges without end; the file is corrupted")
             ranked += [(-scores[token_id], token_id, a, b, left, right) for a, b, left, right in found]
         merges = [(left, right) for *_, left, right in sorted(ranked)]
     unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)

@@ -20,7 +20,7 @@ DEFAULT_OVERLAP_WORDS = 30
 MAX_RECORD_BYTES = 64 << 20  # one document; far above the longest article, and what a hostile file may make us hold
 MAX_XML_DEPTH = 200
 MAX_PAGE_BYTES = 128_000_000  # of a Parquet column, unpacked; DuckDB writes pages of 100 MB
-MAX_BATCH_BYTES = 256 << 20  # of Parquet rows read at once: the fewer, the larger they may be
+MAX_BATCH_BYTES = 128 << 20  # of Parquet rows read at once: the fewer, the larger they may be
 
 
 @dataclass(frozen=True)
@@ -260,7 +260,7 @@ class _Bounded:
 
     def read(self, size: int = -1) -> bytes:
         # expat before 2.6 scans a comment or value that is not at its end yet anew with each piece: few, large pieces.
-        data = self._stream.read(max(size, 2 << 20))
+        data = self._stream.read(max(size, 1 << 20))
         self._given += len(data)
         if self._given > MAX_RECORD_BYTES:
             raise InputError(f"{self._name}: an article of more than {MAX_RECORD_BYTES >> 20} MiB")

@@ -204,7 +204,7 @@ _CHOICES = {
     "tune.init": ("kaiming", "pissa"),
     "tune.schedule": ("linear", "cosine", "constant"),
 }
-_MAX_BYTES = 1 << 20
+_MAX_BYTES = 1 << 18
 _MAX_DEPTH = 20  # recipes have three levels; the scanner looks at all open ones at each token
 # Inclusive bounds of numbers; None is open.
 _BOUNDS: dict[str, tuple[float, float | None]] = {
@@ -265,7 +265,7 @@ def _compose(path: Path) -> Any:
 
     try:
         if path.stat().st_size > _MAX_BYTES:
-            raise InputError(f"{path}: larger than {_MAX_BYTES >> 20} MiB; this is no recipe")
+            raise InputError(f"{path}: larger than {_MAX_BYTES >> 10} KiB; this is no recipe")
         text = path.read_text(encoding="utf-8")
         starts = (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken)
         starts += (yaml.BlockSequenceStartToken, yaml.BlockMappingStartToken)

@@ -69,9 +69,7 @@ def refused(call, match: str, max_bytes: int = 400 << 20) -> None:
 ARTICLE = "<PubmedArticle><MedlineCitation><PMID>1</PMID><Article><Abstract><AbstractText>"
 
 
-@pytest.mark.parametrize(
-    "start", [ARTICLE, "<!-- ", "<PubmedArticle a='", ""], ids=["text", "comment", "value", "space"]
-)
+@pytest.mark.parametrize("start", [ARTICLE, "<!-- ", ""], ids=["text", "comment", "space"])
 def test_gzip_that_unpacks_to_gigabytes(start, tmp_path):
     member = gzip.compress(b" " * (4 << 20), mtime=0)
     head = gzip.compress(f"<PubmedArticleSet>{start}".encode(), mtime=0)
@@ -104,7 +102,7 @@ def test_xml_asks_no_server(tmp_path):
 
 
 def test_xml_nested_without_end(tmp_path):
-    (tmp_path / "c.xml").write_text("<a>" * 1_000_000)
+    (tmp_path / "c.xml").write_text("<a>" * 500_000)
     refused(lambda: list(read_corpus(tmp_path / "c.xml")), "more than 200 deep")
 
 
@@ -147,15 +145,15 @@ def test_parquet_values_that_repeat(tmp_path):
     text = pa.DictionaryArray.from_arrays(pa.array([0] * count, pa.int32()), pa.array(["a" * (8 << 20)]))
     file = _parquet(tmp_path / "c.parquet", {"id": [str(i) for i in range(count)], "text": text})
     assert file.stat().st_size < 100_000
-    with bounded(700 << 20):
-        found = list(itertools.islice(read_corpus(file), 100))
-        assert len(found) == 100 and all(len(document.text) == 8 << 20 for document in found)
+    with bounded(500 << 20):
+        found = [len(document.text) for document in itertools.islice(read_corpus(file), 50)]
+    assert found == [8 << 20] * 50
 
 
 def test_parquet_columns_of_any_width(tmp_path):
-    wide = pa.array([None] * 2000, pa.binary(1 << 20))
-    for column, kind in ((pa.array([["a"]] * 2000), "list<"), (wide, r"fixed_size_binary\[1048576\]")):
-        file = _parquet(tmp_path / "c.parquet", {"id": ["1"] * 2000, "text": column})
+    wide = pa.array([None] * 100, pa.binary(1 << 16))
+    for column, kind in ((pa.array([["a"]] * 100), "list<"), (wide, r"fixed_size_binary\[65536\]")):
+        file = _parquet(tmp_path / "c.parquet", {"id": ["1"] * 100, "text": column})
         refused(lambda file=file: list(read_corpus(file)), f'column "text" holds {kind}')
 
 
@@ -167,8 +165,8 @@ def test_yaml(tmp_path):
     laughs = "".join(f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 10)}]\n" for i in range(1, 10))
     for text, match in (
         (f"l0: &l0 ha\n{laughs}", "anchors"), ("a: &a [*a]", "anchors"),
-        ("[" * 1_000_000, "deep"), ("{a: " * 200_000, "deep"),
-        ("- " * 400_000, "deep"), ("? " * 400_000, "deep"), ("a:\n" + "x" * (2 << 20), "larger than 1 MiB"),
+        ("[" * 200_000, "deep"), ("{a: " * 50_000, "deep"),
+        ("- " * 100_000, "deep"), ("? " * 100_000, "deep"), ("a:\n" + "x" * (1 << 18), "larger than 256 KiB"),
         ("!!python/object/apply:os.system ['true']", ""),
     ):  # fmt: skip
         file.write_text(text)
@@ -209,7 +207,7 @@ def _entry(*offsets: int, shape=(4,), dtype="F32") -> dict:
         _safetensors({"a": _entry(0, 16)}, size=1 << 63),
         _safetensors({"a": _entry(0, 16)}, size=99_000_000),
         _safetensors(b"[" * 1_000_000),
-        _safetensors({f"t{i}": _entry(0, 0, shape=(0,)) for i in range(100_000)}, b""),
+        _safetensors({f"t{i}": _entry(0, 0, shape=(0,)) for i in range(20_000)}, b""),
     ],
     ids=lambda data: str(len(data)),
 )
@@ -347,16 +345,18 @@ def test_patterns_that_search_for_ever(tmp_path):
 
 
 def test_merges_without_end(tmp_path):
-    """A million merges, and in a GGUF file tokens whose every cut is a merge."""
+    """Many merges, and in a GGUF file tokens whose every cut is a merge."""
     vocab = {chr(0x100 + i): i for i in range(1000)}
     raw = json.loads(Backend(models.BPE(vocab=vocab, merges=[])).to_str())
-    raw["model"]["merges"] = [["Ā", "ā"]] * 1_000_000
+    raw["model"]["merges"] = [["Ā", "ā"]] * 300_000
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
     refused(lambda: Tokenizer.from_pretrained(tmp_path), "not a usable tokenizer", 600 << 20)
-    tokens = ["<unk>", *("a" * n for n in range(1, 1025))]
+    tokens = ["<unk>", *("a" * n for n in range(1, 257))]
     metadata = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": tokens}
     with bounded():
         assert tokenizer_from_gguf(metadata, "m.gguf").encode("a" * 2000)
+    metadata["tokenizer.ggml.tokens"] = ["<unk>", *(chr(97 + i) * n for i in range(20) for n in range(1, 1025))]
+    refused(lambda: tokenizer_from_gguf(metadata, "m.gguf"), "merges without end", 200 << 20)
     metadata["tokenizer.ggml.tokens"] = [*tokens, "a" * 1025]
     refused(lambda: tokenizer_from_gguf(metadata, "m.gguf"), "no text of at most 1024 characters")
 
