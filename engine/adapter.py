@@ -71,13 +71,13 @@ def load_adapter(path: str | Path, model: Model) -> Adapter:
                 f"{path}: {module} has A {tuple(a.shape)} and B {tuple(b.shape)}; this model's module maps "
                 f"{expected[0]} to {expected[1]} features; the adapter belongs to another base"
             )
-    require_base(saved.base, path, model.source)
         for what, tensor in (("A", a), ("B", b * saved.scaling)):
             if not is_finite(tensor, model.dtype):
                 raise InputError(
                     f"{path}: {what} of {module} holds numbers beyond what {str(model.dtype).removeprefix('torch.')} "
                     "can hold; ask for bf16 or fp32"
                 )
+    require_base(saved.base, path, model.source)
     matrices = {}
     for adapted in model.adaptable:
         fused = _fuse(adapted, saved.parts)

@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import shutil
+import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -113,12 +114,12 @@ def _load_bin(file: Path) -> dict[str, torch.Tensor]:
 
 def _check_archive(file: Path) -> None:
     """torch stores its archives' members as they are; one that unpacks to more than the file is not torch's."""
-    if not zipfile.is_zipfile(file):
-        return
     try:
+        if not zipfile.is_zipfile(file):
+            return
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError) as error:
+    except (zipfile.BadZipFile, struct.error, ValueError, LookupError, NotImplementedError, OSError) as error:
         raise InputError(f"{file}: not a whole torch checkpoint ({error}); fetch it again") from None
     for member in members:
         if member.compress_type != zipfile.ZIP_STORED or member.file_size > file.stat().st_size:
