@@ -269,11 +269,13 @@ def jump_clock(work: Job) -> None:
 
 
 def run_out_of_memory(work: Job) -> None:
-    """No more address space than there is, and a need for some at once and for the rest of the run."""
+    """No more address space than there is, and a need for more than what the allocator has kept of it."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    bytearray(64 << 20)
+    blocks = []
+    while True:
+        blocks.append(bytearray(64 << 20))
 
 
 def start_another(work: Job) -> None:

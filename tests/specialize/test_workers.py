@@ -36,8 +36,10 @@ def pool(tiny):
 
 def test_workers_share_the_memory_asked_for(tiny):
     worker = Worker()
-    worker.start(tiny.inputs["model"], "fp32", None, "int8", 3 << 30, "cpu", 1, 2)
-    assert worker._generator.config.memory_bytes == 3 << 29 and worker._generator.config.kv_dtype == "int8"
+    worker.start(
+        tiny.inputs["model"], "fp32", None, "int8", 16 << 30, "cpu", 1, 2
+    )  # the tests before this one stay in the process
+    assert worker._generator.config.memory_bytes == 8 << 30 and worker._generator.config.kv_dtype == "int8"
 
 
 def requests(tokenizer, count, *, max_tokens=24):
