@@ -283,7 +283,7 @@ def _compose(path: Path) -> Any:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise InputError(f"{path}:{line}: not YAML: {error.problem}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # the latter two: no UTF-8, an escape beyond Unicode
         raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise InputError(f"{path}: nested too deeply; this is no recipe") from None
@@ -467,7 +467,10 @@ def override(recipe: Recipe, settings: Mapping[str, Any] | Sequence[str]) -> Rec
             key, found, value = text.partition("=")
             if not found:
                 raise InputError(f'--set {text}: write it as "section.setting=value"')
-            pairs[key.strip()] = yaml.safe_load(value)
+            try:
+                pairs[key.strip()] = yaml.safe_load(value)
+            except (yaml.YAMLError, ValueError, OverflowError):
+                raise InputError(f"--set {text}: the value is not YAML") from None
         settings = pairs
     for path, value in settings.items():
         *parents, name = path.split(".")

@@ -92,3 +92,14 @@ def test_inputs_are_remembered_whatever_the_settings(tmp_path):
     assert remembered_inputs(path) == {"model": "m", "seeds": "s"}
     with pytest.raises(InputError, match="a_key_of_an_older_version"):
         read_recipe(path)
+
+
+def test_an_escape_beyond_unicode_is_told(tmp_path):
+    """Found by fuzzing: PyYAML raises OverflowError."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text('name: "\\Uffffffff"\n')
+    with pytest.raises(InputError, match="not YAML"):
+        read_recipe(str(file))
+    for value in ('"\\Uffffffff"', "[1"):
+        with pytest.raises(InputError, match="the value is not YAML"):
+            override(Recipe(), [f"tune.rank={value}"])
