@@ -19,7 +19,7 @@ from .evaluate import EvalReport, compare
 from .files import write_text
 from .general import perplexity_text
 from .ledger import Ledger
-from .recipe import Recipe, override
+from .recipe import Recipe, override, read_yaml
 from .records import Task, fingerprint
 
 REFERENCE = "recipe"  # the folder and the name of the run that nothing is changed in
@@ -35,15 +35,13 @@ class Variant:
 
 def read_variants(path: Path | None = None) -> list[Variant]:
     """A YAML file of ``name: {section.setting: value, …}``; the shipped list where none is given."""
-    import yaml
-
     path = path or Path(__file__).parent / "ablations.yaml"
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = read_yaml(path)
     except OSError as error:
         raise InputError(f"--list {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--list {path}: not YAML: {' '.join(str(error).split())[:300]}") from None
+    except InputError as error:
+        raise InputError(f"--list {error}") from None
     if not isinstance(found, dict) or not all(isinstance(v, dict) and v for v in found.values()) or not found:
         raise InputError(f"--list {path}: write lines such as no retrieval: {{retrieval.mode: off}}")
     return [Variant(str(name), settings) for name, settings in found.items()]

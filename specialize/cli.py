@@ -166,6 +166,29 @@ def worker_options(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)
 
 
+def input_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds what a run is made from: --model, --seeds, --corpus, --tasks."""
+    for option in (
+        click.option("--tasks", help="Evaluation task file or folder of them."),
+        click.option("--corpus", help="JSONL, folder of .txt/.md, Parquet or PubMed XML."),
+        click.option("--seeds", help='JSONL of {"instruction", "input", "output", "task"?}.'),
+        click.option("--model", help="Model folder, .gguf file or fetch name."),
+    ):
+        function = option(function)
+    return function
+
+
+def size_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the settings that have options of their own: --examples, --rounds, --seed."""
+    for option in (
+        click.option("--seed", type=int, help="Random seed of everything."),
+        click.option("--rounds", type=click.IntRange(1), help="Rounds of answering and tuning."),
+        click.option("--examples", type=click.IntRange(1), help="Synthetic rows to keep."),
+    ):
+        function = option(function)
+    return function
+
+
 def _spread(common: Common, workers: int | None, ray: str | None) -> Any:
     """What --workers and --ray ask for, or None; checked before any work."""
     if workers is None and ray is None:
@@ -214,14 +237,9 @@ def init(common: Common, domain: str, out: Path | None) -> None:
 
 @cli.command()
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Run folder; an existing one is resumed.")
-@click.option("--model", help="Model folder, .gguf file or fetch name.")
-@click.option("--seeds", help='JSONL of {"instruction", "input", "output", "task"?}.')
-@click.option("--corpus", help="JSONL, folder of .txt/.md, Parquet or PubMed XML.")
-@click.option("--tasks", help="Evaluation task file or folder of them.")
+@input_options
 @click.option("--recipe", help="Shipped recipe (small, demo, paper, biomed, finance) or a YAML file.  [default: small]")
-@click.option("--examples", type=click.IntRange(1), help="Synthetic rows to keep.")
-@click.option("--rounds", type=click.IntRange(1), help="Rounds of answering and tuning.")
-@click.option("--seed", type=int, help="Random seed of everything.")
+@size_options
 @quantize_option
 @kv_dtype_option
 @memory_option
@@ -325,14 +343,9 @@ def _show_run(common: Common, folder: Path, result: dict[str, Any]) -> None:
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path), help="Folder of the runs; an existing one goes on."
 )
-@click.option("--model", help="Model folder, .gguf file or fetch name.")
-@click.option("--seeds", help='JSONL of {"instruction", "input", "output", "task"?}.')
-@click.option("--corpus", help="JSONL, folder of .txt/.md, Parquet or PubMed XML.")
-@click.option("--tasks", help="Evaluation task file or folder of them.")
+@input_options
 @click.option("--recipe", help="Shipped recipe or a YAML file: what the variants differ from.  [default: small]")
-@click.option("--examples", type=click.IntRange(1), help="Synthetic rows to keep.")
-@click.option("--rounds", type=click.IntRange(1), help="Rounds of answering and tuning.")
-@click.option("--seed", type=int, help="Random seed of everything.")
+@size_options
 @quantize_option
 @memory_option
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A recipe setting, of all variants.")

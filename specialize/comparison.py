@@ -13,6 +13,7 @@ from .files import write_text
 from .general import perplexity_text
 from .ledger import Ledger
 from .plots import plot_comparison
+from .recipe import read_yaml
 from .report import SYSTEM_NAMES, render_page
 
 
@@ -57,17 +58,15 @@ def compare_runs(folders: Sequence[Path], out: Path) -> dict[str, Any]:
 
 def _read(folder: Path) -> dict[str, Any]:
     """What a run's folder says of its settings, scores and costs."""
-    import yaml
-
     if not (folder / "ledger.sqlite").is_file():
         raise InputError(f"{folder} is no run folder (no ledger.sqlite)")
     if not (folder / "eval.json").is_file():
         raise InputError(f"{folder} is not evaluated yet; do: specialize eval {folder}")
     try:
         found = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
-        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        recipe = read_yaml(folder / "recipe.yaml")
         systems = found["systems"]
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{folder}: eval.json or recipe.yaml cannot be read ({' '.join(str(error).split())})"
         ) from None

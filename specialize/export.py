@@ -14,6 +14,7 @@ from typing import Any
 
 from .errors import InputError
 from .ledger import Ledger
+from .recipe import read_yaml
 from .records import read_json_lines, read_seeds
 
 FORMATS = ("parquet", "jsonl", "chat")
@@ -28,7 +29,7 @@ def read_rows(run: Path, *, seeds: bool = False) -> list[dict[str, str]]:
         raise InputError(f"{run} has no kept rows yet; make them with: specialize synth {run}")
     rows = []
     if seeds:
-        found = read_seeds(_recipe(run)["inputs"]["seeds"])
+        found = read_seeds(read_yaml(run / "recipe.yaml")["inputs"]["seeds"])
         rows = [(s.id, s.instruction, s.input, s.output, s.kind, "seed", "{}") for s in found]
     for _, row in read_json_lines(run / "dataset.jsonl", "rows"):
         trail = dict(row["provenance"])
@@ -102,7 +103,7 @@ def export(run: Path, out: Path, formats: Sequence[str] = FORMATS, *, seeds: boo
 
 def dataset_card(run: Path, rows: Sequence[Mapping[str, str]], files: Mapping[str, str]) -> str:
     """README.md of the data set, its front matter as the Hugging Face hub and ``datasets`` read it."""
-    recipe, last = _recipe(run), _last_round(run)
+    recipe, last = read_yaml(run / "recipe.yaml"), _last_round(run)
     with Ledger(run / "ledger.sqlite") as ledger:
         counts, reasons = ledger.counts(last), ledger.reasons(last)
     head = {
@@ -140,7 +141,7 @@ def model_card(run: Path, found: dict[str, Any]) -> str:
     scores beside the base's and the seeds alone."""
     from .standalone import systems_table
 
-    recipe, last = _recipe(run), _last_round(run)
+    recipe, last = read_yaml(run / "recipe.yaml"), _last_round(run)
     with Ledger(run / "ledger.sqlite") as ledger:
         stages = ledger.stages()
     info = stages["tune" if last == 1 else f"tune-{last}"].info
@@ -176,12 +177,6 @@ def model_card(run: Path, found: dict[str, Any]) -> str:
         "limits hold for the adapter, too.",
     ]
     return _page(head, *parts)
-
-
-def _recipe(run: Path) -> dict[str, Any]:
-    import yaml
-
-    return yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
 
 
 def _last_round(run: Path) -> int:

@@ -372,12 +372,7 @@ def run_lock(folder: Path) -> Iterator[None]:
             raise InputError(f"{folder}: cannot be written to ({error.strerror}); choose another --out") from None
         raise
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"{folder}: another run ({_holder(descriptor)}) is at work here; wait for it or choose another --out"
-            ) from None
+        _lock(folder, descriptor, fcntl.LOCK_EX, "another run", "wait for it or choose another --out")
         os.ftruncate(descriptor, 0)
         started = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
         os.pwrite(descriptor, f"{os.getpid()}\n{started}\n".encode(), 0)
@@ -395,15 +390,17 @@ def reading_lock(folder: Path) -> Iterator[None]:
         yield
         return
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"{folder}: a run ({_holder(descriptor)}) is at work here; wait until it is done"
-            ) from None
+        _lock(folder, descriptor, fcntl.LOCK_SH, "a run", "wait until it is done")
         yield
     finally:
         os.close(descriptor)
+
+
+def _lock(folder: Path, descriptor: int, kind: int, who: str, advice: str) -> None:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{folder}: {who} ({_holder(descriptor)}) is at work here; {advice}") from None
 
 
 def _holder(descriptor: int) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .files import write_text
+
 NEAR = 1.0  # points that a domain may lie below its own expert
 COLOURS = ("#9ecae9", "#ffbf79", "#a8d8a2", "#f4a6a6", "#cbb7e5", "#d8c0a4", "#f3b9dc", "#c9c9c9")
 
@@ -80,26 +82,21 @@ def routing_table(routing: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def write_page(found: Mapping[str, Any], path: Path) -> Path:
     """``mix.html``: the scores, and which expert serves what, from the content of ``mix.json`` alone."""
-    import jinja2
-
-    from .pipeline import write_text
+    from .report import render_page
 
     def shade(weights: Sequence[float]) -> str:
         first = max(range(len(weights)), key=lambda i: weights[i])
         sure = weights[first] / max(1e-9, sum(weights))
         return f"{COLOURS[first % len(COLOURS)]}{round(255 * sure):02x}"
 
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    template = environment.from_string((Path(__file__).parent / "templates" / "mix.html").read_text(encoding="utf-8"))
     rows = found.get("summary") or []
     shots = rows[0]["shots"] if rows else 0
     names = [expert["name"] for expert in found["experts"]]
-    text = template.render(
-        title=f"{' and '.join(names)} on one base", method=found["method"], experts=found["experts"],
-        base=Path(found["base_model"]).name, shots=shots, scores=score_table(found, shots) if rows else [],
-        summary=rows, routing=found.get("routing"), colours=COLOURS * (len(names) // len(COLOURS) + 1), shade=shade,
-    )  # fmt: skip
-    write_text(path, text)
+    values = {
+        "title": f"{' and '.join(names)} on one base", "method": found["method"], "experts": found["experts"],
+        "base": Path(found["base_model"]).name, "shots": shots, "scores": score_table(found, shots) if rows else [],
+        "summary": rows, "routing": found.get("routing"), "colours": COLOURS * (len(names) // len(COLOURS) + 1),
+        "shade": shade,
+    }  # fmt: skip
+    write_text(path, render_page("mix.html", values))
     return path

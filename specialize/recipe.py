@@ -445,6 +445,17 @@ def _read_inputs(reader: _Reader, node: Any, folder: Path) -> dict[str, str]:
     return inputs
 
 
+def read_yaml(path: Path) -> Any:
+    """A small YAML file as plain values, within a recipe's limits and with its errors."""
+    import yaml
+
+    root = _compose(path)
+    try:
+        return None if root is None else yaml.SafeLoader("").construct_document(root)
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+
+
 def remembered_inputs(path: Path) -> dict[str, str]:
     """The ``inputs`` of a run folder's recipe, whatever its settings: an older version's may be unknown to this one."""
     import yaml

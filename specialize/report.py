@@ -22,6 +22,7 @@ from .plots import (
     plot_systems,
     plot_time,
 )
+from .recipe import read_yaml
 from .standalone import systems_table
 
 SYSTEM_NAMES = {"seeds": "seeds alone"}
@@ -52,7 +53,7 @@ def render_page(name: str, values: Mapping[str, Any]) -> str:
 def _gather(folder: Path, ledger: Ledger) -> dict[str, Any]:
     import yaml
 
-    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe = read_yaml(folder / "recipe.yaml")
     found = json.loads((folder / "eval.json").read_text(encoding="utf-8")) if (folder / "eval.json").is_file() else {}
     stages = ledger.stages()
     rounds = max((item.round for item in ledger.items(status="kept")), default=1)
