@@ -8,6 +8,7 @@ spinning on the same cores.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -129,8 +130,9 @@ def _compile(name: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     source = SOURCES / f"{name}.cpp"
     for left in path.parent.glob(".build-*"):  # by a process that was killed; none compiles for an hour
-        if time.time() - left.stat().st_mtime > 3600:
-            shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # or by one that is done meanwhile
+            if time.time() - left.stat().st_mtime > 3600:
+                shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
         made, library = Path(folder) / f"{name}.o", Path(folder) / f"{name}.so"
         openmp = _openmp_library()

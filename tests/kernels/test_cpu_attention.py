@@ -212,6 +212,18 @@ def test_what_the_twin_cannot_take_goes_to_torch():
     assert cpu_attention.default_backend(x, cache, torch.ones(1)) == "torch"
 
 
+@needs_compiler
+def test_builds_of_other_processes_do_not_disturb(tmp_path):
+    """A folder that is gone between being listed and being looked at: a link to nowhere is one for good."""
+    (tmp_path / ".build-done").symlink_to(tmp_path / "nowhere")
+    killed, at_work = tmp_path / ".build-killed", tmp_path / ".build-at-work"
+    killed.mkdir()
+    at_work.mkdir()
+    os.utime(killed, (0, 0))
+    cpu._compile("packed_linear", tmp_path / "made.so")
+    assert (tmp_path / "made.so").is_file() and at_work.is_dir() and not killed.exists()
+
+
 def test_without_a_compiler_torch_is_the_default_and_cpp_says_why(monkeypatch):
     monkeypatch.setattr(cpu, "find_compiler", lambda: None)
     for cached in (cpu.default_backend, cpu.load, cpu._library_path):
