@@ -125,7 +125,7 @@ class Outputs:
             if self._streaming and (piece := watcher.take()):
                 events.append(piece)
         else:
-            text = self._decode(token_ids)
+            text = self._decode(sequence, token_ids)
         events.append(
             Completion(
                 sequence.request_id, sequence.index, sequence.num_prompt, text, token_ids, reason, logprobs, error
@@ -136,9 +136,9 @@ class Outputs:
     def _ends(self, sequence: SequenceState, token_id: int) -> bool:
         return token_id in self._end_ids and not sequence.params.ignore_eos
 
-    def _decode(self, token_ids: list[int]) -> str:
+    def _decode(self, sequence: SequenceState, token_ids: list[int]) -> str:
         if self._tokenizer is None:
             return ""
-        if token_ids and token_ids[-1] in self._end_ids:
+        if token_ids and self._ends(sequence, token_ids[-1]):
             token_ids = token_ids[:-1]
         return self._tokenizer.decode(token_ids)

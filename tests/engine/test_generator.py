@@ -258,6 +258,26 @@ def test_stop_strings_across_token_borders(model, pairs, streaming, overlap):
         assert_all_free(generator)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("stop", [(), ("never there",)])
+def test_an_ignored_end_token_keeps_its_text_where_it_comes_last(model, pairs, streaming, stop):
+    """End tokens count for nothing under ignore_eos, be they first, last or between; otherwise they have no text."""
+    prompt = [3, 1, 4, 1, 5]
+    whole = naive_generate(model, prompt, SamplingParams(max_tokens=9, temperature=0, ignore_eos=True), tokenizer=pairs)
+    for tokens in range(1, 10):
+        end = whole.token_ids[tokens - 1]
+        generator = Generator(model, pairs)
+        generator._end_ids = (end,)
+        for ignored in (True, False):
+            params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=ignored, stop=stop)
+            truth = naive_generate(model, prompt, params, tokenizer=pairs, eos_ids=(end,))
+            if streaming:
+                assert "".join(generator.stream(prompt, params)) == truth.text
+            else:
+                assert generator.generate([prompt], params) == [truth]
+            assert len(truth.text) == 2 * (tokens if ignored else whole.token_ids.index(end))
+
+
 def test_streamed_text_is_the_whole_text(model, tokenizer):
     params = SamplingParams(max_tokens=20, temperature=1.0, ignore_eos=True)
     generator = Generator(model, tokenizer)
