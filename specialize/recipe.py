@@ -96,6 +96,10 @@ class Tune:
     "pissa" starts from the weights' leading singular vectors, ``plus_ratio`` (LoRA+) is how much faster B learns.
     ``validation`` is the share of rows held out; ``patience`` validations (one an epoch) without a new lowest loss end
     the training (0: never), ``keep_best`` gives the weights of the lowest. Teacher and control are trained alike.
+
+    ``demonstrations``: the share ``few_shot`` of the rows stands in groups, up to so many rows before a row as its
+    demonstrations; of the teacher's rows, too, if it is to answer with demonstrations. ``anchor`` weighs the KL
+    divergence from the base on texts of its own, ``anchor_tokens`` long.
     """
 
     rank: int = 16

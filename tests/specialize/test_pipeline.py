@@ -115,6 +115,22 @@ def test_a_recipe_s_variants_reach_every_training(finished, tiny, tmp_path):
         assert "tune.dora" not in ledger.stages()["tune"].settings
 
 
+@pytest.mark.parametrize("shown", [0, 2])
+def test_a_teacher_learns_in_groups_only_if_it_answers_with_demonstrations(tiny, tmp_path, shown):
+    """In groups the rows are fewer texts, so fewer steps; an expert's rows stand in groups either way."""
+    settings = [
+        "tune.demonstrations=3", "tune.few_shot=1", "tune.batch=1", "tune.teacher_epochs=1",
+        f"responses.demonstrations={shown}", "retrieval.mode='off'",
+    ]  # fmt: skip
+    run = open_run(tiny, tmp_path / "run", *settings)
+    run.execute(until="teacher")
+    with Ledger(tmp_path / "run" / "ledger.sqlite") as ledger:
+        teacher = ledger.stages()["teacher"]
+    assert (teacher.info["steps"] < len(run.seeds)) == bool(shown)
+    assert ("tune.demonstrations" in teacher.settings) == bool(shown)
+    assert run.settings_of()["tune"]["tune.demonstrations"] == 3
+
+
 def test_held_out_seeds_decide_which_round_is_taken(tiny, tmp_path):
     settings = ["rounds=3", "holdout=0.25", "tune.teacher_epochs=2", "evaluate.limit=1", "evaluate.seeds_only=false"]
     run = open_run(tiny, tmp_path / "run", *settings, "retrieval.mode='off'")
