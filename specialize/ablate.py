@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .controls import EQUAL_TOKENS, system_names
 from .errors import InputError
 from .evaluate import EvalReport, compare
 from .files import write_text
@@ -75,8 +76,8 @@ def _shown(value: Any) -> str:
 
 
 def variants_of(recipe: Recipe, variants: Sequence[Variant]) -> list[tuple[Variant, Recipe]]:
-    """Each variant with its recipe, all settings checked; without those that change nothing. The control on the seeds
-    alone is the recipe's: variants make none of their own unless they ask for it."""
+    """Each variant with its recipe, all settings checked; without those that change nothing. The controls on the
+    seeds alone are the recipe's: variants make or score none of their own unless they ask for it."""
     found: list[tuple[Variant, Recipe]] = []
     for variant in variants:
         try:
@@ -85,8 +86,9 @@ def variants_of(recipe: Recipe, variants: Sequence[Variant]) -> list[tuple[Varia
             raise InputError(f"variant {variant.name}: {error}") from None
         if changed == recipe:
             continue
-        if "evaluate.seeds_only" not in variant.settings:
-            changed = override(changed, {"evaluate.seeds_only": False})
+        for control in ("evaluate.seeds_only", "evaluate.teacher"):
+            if control not in variant.settings:
+                changed = override(changed, {control: False})
         if all(changed != other for _, other in found):
             found.append((variant, changed))
     if not found:
@@ -156,8 +158,8 @@ def ablate(
 
 
 def _controls(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows that no variant changes: base and seeds alone."""
-    names = {"base": "base", "seeds": "seeds alone, equal tokens"}
+    """The rows that no variant changes: base, teacher where it is scored, and seeds alone."""
+    names = {"base": "base"} | system_names(found, alone=EQUAL_TOKENS)
     return [{"name": names[name]} | _scores(found, name) for name in names if name in found["systems"]]
 
 
@@ -167,8 +169,11 @@ def _scores(found: dict[str, Any], system: str) -> dict[str, Any]:
     for change in found.get("general", {}).get("changes", []):
         if change["system"] == system:
             row["general"] = change
-    seeds = [c for c in found["comparisons"] if (c["system"], c["against"]) == (system, "seeds")]
-    return row | ({"against_seeds": [c for c in seeds if c["metric"] in _METRICS]} if seeds else {})
+    for control in ("seeds", "teacher"):
+        told = [c for c in found["comparisons"] if (c["system"], c["against"]) == (system, control)]
+        if told:
+            row[f"against_{control}"] = [c for c in told if c["metric"] in _METRICS]
+    return row
 
 
 def _made(folder: Path) -> dict[str, Any]:

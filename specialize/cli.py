@@ -307,6 +307,7 @@ def _open_run(
 
 
 def _show_run(common: Common, folder: Path, result: dict[str, Any]) -> None:
+    from .controls import system_names
     from .standalone import format_table, systems_table
 
     if "systems" not in result:
@@ -320,18 +321,18 @@ def _show_run(common: Common, folder: Path, result: dict[str, Any]) -> None:
 
     def text() -> str:
         lines = ["token F1 in percent, 95 % bootstrap intervals", "", format_table(systems_table(result)), ""]
+        names = {"base": "base"} | system_names(result)
         for row in result["comparisons"]:
             if row["metric"] == "token_f1" and row["system"] == "expert" and row.get("mean"):
                 m = row["mean"]
-                against = {"base": "the base", "seeds": "the seeds alone"}[row["against"]]
                 lines.append(
-                    f"expert against {against}, {row['shots']}-shot: {m['value']:+.1f} points "
+                    f"expert against the {names[row['against']]}, {row['shots']}-shot: {m['value']:+.1f} points "
                     f"[{m['low']:+.1f}, {m['high']:+.1f}]"
                 )
         if "general" in result:
             from .general import changes_lines
 
-            lines += changes_lines(result["general"])
+            lines += changes_lines(result["general"], system_names(result, alone="seeds"))
         if (folder / "report.html").is_file():
             lines += ["", f"report: {(folder / 'report.html').resolve()}"]
         return "\n".join(lines)

@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .controls import control_names, teacher_epochs
 from .errors import InputError
 from .files import write_text
 from .general import perplexity_text
 from .ledger import Ledger
 from .plots import plot_comparison
-from .recipe import read_yaml
-from .report import SYSTEM_NAMES, render_page
+from .recipe import Recipe, read_yaml
+from .report import render_page
 
 
 def compare_runs(folders: Sequence[Path], out: Path) -> dict[str, Any]:
@@ -26,6 +27,7 @@ def compare_runs(folders: Sequence[Path], out: Path) -> dict[str, Any]:
     runs: list[dict[str, Any]] = [{**run, "name": name} for run, name in zip(found, names, strict=True)]
     shots = sorted({s for run in runs for system, s in run["means"] if system == "expert"})
     groups = seed_groups(runs)
+    controls = _controls(runs)
     values: dict[str, Any] = {
         "title": f"{len(runs)} runs compared",
         "runs": runs,
@@ -34,8 +36,8 @@ def compare_runs(folders: Sequence[Path], out: Path) -> dict[str, Any]:
         "groups": groups,
         "warnings": _warnings(runs),
         "tasks": _tasks(runs, shots),
-        "names": SYSTEM_NAMES,
-        "plots": [plot_comparison(runs, s) for s in shots],
+        "controls": controls,
+        "plots": [plot_comparison(runs, s, controls) for s in shots],
     }
     write_text(out, render_page("comparison.html", values))
     plain = ("name", "folder", "seed", "kept", "trained_tokens", "minutes")
@@ -78,7 +80,9 @@ def _read(folder: Path) -> dict[str, Any]:
         kept = ledger.counts(rounds).get("kept", 0)
     tuned = [stage.info["tokens"] for name, stage in stages.items() if name.startswith("tune") and stage.done]
     general = {change["system"]: change for change in found.get("general", {}).get("changes", [])}
-    settings = _flat({k: v for k, v in recipe.items() if k not in ("inputs", "name", "description")})
+    # What an older run's recipe does not name is what it is by default.
+    settings = _flat(Recipe().to_dict()) | _flat({k: v for k, v in recipe.items() if k != "inputs"})
+    settings = {k: v for k, v in settings.items() if k not in ("name", "description")}
     settings |= {f"inputs.{name}": Path(str(path)).name for name, path in recipe["inputs"].items()}
     return {
         "folder": str(folder),
@@ -87,13 +91,14 @@ def _read(folder: Path) -> dict[str, Any]:
         "settings": settings,
         # What decides whether two runs are one run with other random numbers: names of files are not enough.
         "identity": {name: str(path) for name, path in recipe["inputs"].items()},
+        "teacher_epochs": teacher_epochs(found),
         "kept": kept,
         "trained_tokens": tuned[-1] if tuned else 0,
         "minutes": round(sum(stage.seconds for stage in stages.values()) / 60, 1),
         "means": {
             (name, mean["shots"]): mean
             for name, report in systems.items()
-            if name in ("base", "seeds", "expert")
+            if name in ("base", "teacher", "seeds", "expert")
             for mean in report["means"]
             if mean["metric"] == "token_f1"
         },
@@ -153,22 +158,27 @@ def seed_groups(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for members in by_settings.values():
         if len({run["seed"] for run in members}) < 2:
             continue
-        rows = []
+        names, rows = _controls(members), []
         for metric, key in (("token_f1", "means"), ("entity_f1", "entity")):
             for system, shots in members[0][key]:
                 values = [run[key][system, shots]["value"] for run in members if (system, shots) in run[key]]
                 if len(values) == len(members):
-                    name = SYSTEM_NAMES.get(system, system)
+                    name = names.get(system, system)
                     rows.append({"what": name, "shots": shots, "metric": metric} | _of(values))
         for against, shots in members[0]["gains"]:
             values = [run["gains"][against, shots]["value"] for run in members if (against, shots) in run["gains"]]
             if len(values) == len(members):
-                name = f"expert − {SYSTEM_NAMES.get(against, against)}"
+                name = f"expert − {names.get(against, against)}"
                 rows.append({"what": name, "shots": shots, "metric": "token_f1"} | _of(values))
         groups.append(
             {"runs": [run["name"] for run in members], "random_seeds": [run["seed"] for run in members], "rows": rows}
         )
     return groups
+
+
+def _controls(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The names of the controls that the runs have scored."""
+    return control_names(epochs for run in runs for epochs in run["teacher_epochs"])
 
 
 def _of(values: Sequence[float]) -> dict[str, Any]:

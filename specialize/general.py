@@ -8,7 +8,7 @@ trained on them. The tasks are asked with five shots: forgetting is to be seen, 
 # The sibling folders join this package when it is installed (setup.py); by path pyright cannot see them from here.
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,14 +168,15 @@ def perplexity_text(change: dict[str, Any]) -> str:
     return f"{p['value']:+.1f} % [{p['low']:+.1f}, {p['high']:+.1f}]"
 
 
-def changes_lines(found: dict[str, Any]) -> list[str]:
-    """What the terminal says of it, a line for each system that has an adapter."""
+def changes_lines(found: dict[str, Any], names: Mapping[str, str] | None = None) -> list[str]:
+    """What the terminal says of it, a line for each system that has an adapter, called as in ``names``."""
+    names = names or {}
     systems, lines = found["systems"], []
     for change in found["changes"]:
         name, base = change["system"], change["against"]
         f1 = change["token_f1"]
         lines.append(
-            f"off-domain, {name}: perplexity {systems[base]['perplexity']['value']:.2f} → "
+            f"off-domain, {names.get(name, name)}: perplexity {systems[base]['perplexity']['value']:.2f} → "
             f"{systems[name]['perplexity']['value']:.2f} ({perplexity_text(change)}), "
             f"general tasks {systems[base]['token_f1']['value']:.1f} → {systems[name]['token_f1']['value']:.1f} "
             f"({f1['value']:+.1f} points [{f1['low']:+.1f}, {f1['high']:+.1f}])"

@@ -23,6 +23,7 @@ from typing import Any
 
 from . import filter as rules
 from . import general
+from .controls import control_names
 from .errors import InputError
 from .evaluate import EvalReport, System, compare, evaluate, telling_examples
 from .export import model_card
@@ -865,12 +866,17 @@ class Run:
         return found | {"wanted_tokens": wanted}
 
     def systems(self) -> list[System]:
-        """What is scored, as far as it exists: base, seeds-only control, the expert of each round."""
+        """What is scored, where it exists: base, teacher if asked for, seeds-only control, each round's expert."""
         stages = self.ledger.stages()
         found = [System("base", None, "base", "base")]
-        if "control" in stages and stages["control"].done:
-            folder = stages["control"].info["adapter_path"]
-            found.append(System("seeds", folder, _adapter_identity(folder), "seeds alone"))
+        done = {name: stages[name].info for name in ("teacher", "control") if name in stages and stages[name].done}
+        controls = {}
+        if self.recipe.evaluate.teacher and "teacher" in done and done.get("control", {}).get("same_as") != "teacher":
+            controls["teacher"] = str(self.folder / "teacher")
+        if "control" in done:
+            controls["seeds"] = done["control"]["adapter_path"]
+        labels = control_names([self.recipe.tune.teacher_epochs] if "teacher" in controls else [])
+        found += [System(name, path, _adapter_identity(path), labels[name]) for name, path in controls.items()]
         for round in range(1, self.recipe.rounds + 1):
             stage = stages.get(_numbered("tune", round))
             if stage is None or not stage.done:
@@ -953,7 +959,7 @@ class Run:
         found = top.to_json() | {"adapter": str(adapter) if "expert" in reports and adapter.is_dir() else top.adapter}
         found["systems"] = {name: report.to_json() for name, report in reports.items()}
         comparisons = []
-        for one, other in (("expert", "base"), ("expert", "seeds"), ("seeds", "base")):
+        for one, other in (("expert", "base"), ("expert", "teacher"), ("expert", "seeds"), ("seeds", "base")):
             if one in reports and other in reports:
                 for shots in self.recipe.evaluate.shots:
                     for metric in ("token_f1", "entity_f1", "rouge_l"):
@@ -971,11 +977,14 @@ class Run:
                     for shots in sorted({s.shots for s in report.scores})
                 ]
         found["comparisons"] = comparisons
-        found["setting"] = {
+        setting: dict[str, Any] = {
             "seeds": len(self.seeds),
             "kinds": [kind.name for kind in self.kinds],
             "tasks": [{"name": t.name, "metric": t.metric, "examples": len(t.examples)} for t in self.tasks],
         }
+        if "teacher" in reports:
+            setting["teacher_epochs"] = self.recipe.tune.teacher_epochs
+        found["setting"] = setting
         if {"base", "expert"} <= set(reports):
             shots = self.recipe.evaluate.shots[0]
             found["examples"] = telling_examples(reports["expert"], reports["base"], self.tasks, shots)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .controls import system_names
 from .ledger import Item
 
 INK, MUTED, BLUE, ORANGE, GREEN, RED = "#1f2933", "#7b8794", "#2b6cb0", "#c05621", "#2f855a", "#c53030"
@@ -53,23 +54,26 @@ def plot_gains(found: dict[str, Any]) -> str:
         return ""
     shots = rows[0]["shots"]
     rows = [r for r in rows if r["shots"] == shots]
-    names = ["mean", *(t["task"] for t in reversed(rows[0]["tasks"]))]
-    figure, axes = _figure(height=0.9 + 0.52 * len(names))
-    styles = {"base": (BLUE, "against the base"), "seeds": (ORANGE, "against the seeds alone")}
+    lines = ["mean", *(t["task"] for t in reversed(rows[0]["tasks"]))]
+    figure, axes = _figure(height=0.9 + 0.52 * len(lines))
+    names = {"base": "base"} | system_names(found)
+    colors = {"base": BLUE, "teacher": GREEN, "seeds": ORANGE}
     for position, row in enumerate(rows):
         values = [row["mean"], *reversed(row["tasks"])]
         offset = (position - (len(rows) - 1) / 2) * 0.26
-        color, label = styles[row["against"]]
         points = [v["value"] for v in values]
         spans = [
             [p - v["low"] for p, v in zip(points, values, strict=True)],
             [v["high"] - p for p, v in zip(points, values, strict=True)],
         ]
         axes.errorbar(
-            points, [i - offset for i in range(len(names))], xerr=spans, fmt="o", color=color, label=label, capsize=3
-        )
+            points, [i - offset for i in range(len(lines))], xerr=spans, fmt="o", color=colors[row["against"]],
+            label=f"against the {names[row['against']]}", capsize=3,
+        )  # fmt: skip
     axes.axvline(0, color=INK, linewidth=1)
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(lines)), lines)
+    if len(rows) > 2:  # the outer ones of three lie near the frame
+        axes.set_ylim(-0.5, len(lines) - 0.5)
     axes.set_xlabel(f"gain in token F1, points ({shots}-shot)")
     axes.legend(frameon=False, fontsize=9, loc="best")
     return _svg(figure)
@@ -154,7 +158,7 @@ def plot_lengths(kept: list[Item]) -> str:
 
 def plot_systems(found: dict[str, Any]) -> str:
     """Mean token F1 of every system at every number of shots, with intervals."""
-    names = {"seeds": "seeds alone"}
+    names = system_names(found)
     rows = [
         (f"{names.get(name, name)}, {mean['shots']}-shot", name, mean)
         for name, report in found.get("systems", {}).items()
@@ -164,11 +168,12 @@ def plot_systems(found: dict[str, Any]) -> str:
     if len(rows) < 2:
         return ""
     figure, axes = _figure(height=0.8 + 0.36 * len(rows))
-    colors = {"base": MUTED, "seeds": ORANGE, "expert": BLUE}
+    colors = {"base": MUTED, "teacher": GREEN, "seeds": ORANGE, "expert": BLUE}
+    rest = INK if any(name == "teacher" for _, name, _ in rows) else GREEN  # earlier rounds
     for place, (_, name, mean) in enumerate(reversed(rows)):
         spans = [[mean["value"] - mean["low"]], [mean["high"] - mean["value"]]]
         axes.errorbar(
-            [mean["value"]], [place], xerr=spans, fmt="o", color=colors.get(name, GREEN), capsize=3, markersize=7
+            [mean["value"]], [place], xerr=spans, fmt="o", color=colors.get(name, rest), capsize=3, markersize=7
         )
     axes.set_yticks(range(len(rows)), [label for label, _, _ in reversed(rows)])
     axes.set_ylim(-0.6, len(rows) - 0.4)
@@ -214,9 +219,10 @@ def plot_time(stages: dict[str, Any]) -> str:
     return _svg(figure)
 
 
-def plot_comparison(runs: Sequence[dict[str, Any]], shots: int) -> str:
-    """Each run's expert with its interval; base and seeds alone as marks beside it."""
-    marks = (("base", MUTED, "base"), ("seeds", ORANGE, "seeds alone"), ("expert", BLUE, "expert"))
+def plot_comparison(runs: Sequence[dict[str, Any]], shots: int, names: Mapping[str, str]) -> str:
+    """Each run's expert with its interval; base and the controls of ``names`` as marks beside it."""
+    colors = {"base": MUTED, "teacher": GREEN, "seeds": ORANGE, "expert": BLUE}
+    marks = [(name, colors[name], names.get(name, name)) for name in ("base", *names, "expert")]
     figure, axes = _figure(height=1.1 + 0.42 * len(runs))
     for system, color, label in marks:
         rows = [

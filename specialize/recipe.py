@@ -146,6 +146,9 @@ class Evaluate:
     """``systems`` are scored with each of ``shots`` on ``limit`` examples a task (0: all).
 
     ``base_shots`` are further shots for the base alone, a control for what examples in the prompt already give.
+    ``seeds_only``: a control is made and scored, too: the base tuned on the seeds alone for as many tokens as the
+    expert. ``teacher``: the recipe's teacher is scored, too, unless it is that control already. As many tokens overfit
+    few seeds, so that the teacher, tuned on them for ``tune.teacher_epochs`` only, can be the stronger control.
     ``general``: perplexity on general text and scores on general tasks, too, so that forgetting is seen.
     """
 
@@ -154,6 +157,7 @@ class Evaluate:
     limit: int = 60
     max_tokens: int = 96
     seeds_only: bool = True
+    teacher: bool = False
     general: bool = True
 
 

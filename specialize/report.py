@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from .controls import passes, system_names, teacher_epochs
 from .errors import InputError
 from .files import write_text
 from .ledger import Item, Ledger
@@ -24,8 +25,6 @@ from .plots import (
 )
 from .recipe import read_yaml
 from .standalone import systems_table
-
-SYSTEM_NAMES = {"seeds": "seeds alone"}
 
 
 def write_report(folder: Path) -> Path:
@@ -80,6 +79,8 @@ def _gather(folder: Path, ledger: Ledger) -> dict[str, Any]:
         "table": systems_table(found) if found.get("systems") else [],
         "setting": _setting(recipe, found, stages),
         "controls": _controls(found),
+        "names": system_names(found),
+        "short_names": system_names(found, alone="seeds"),
         "rounds": by_round,
         "stopped": _why_it_stopped(recipe, by_round),
         "examples": found.get("examples", []),
@@ -111,9 +112,12 @@ def _headline(found: dict[str, Any]) -> dict[str, Any] | None:
         return next((m for m in rows if m["shots"] == shots and m["metric"] == "token_f1"), None)
 
     against = {
-        c["against"]: c["mean"] for c in found["comparisons"] if c["system"] == "expert" and c["metric"] == "token_f1"
+        c["against"]: c["mean"]
+        for c in found["comparisons"]
+        if c["system"] == "expert" and c["metric"] == "token_f1" and c["shots"] == shots
     }
-    return {"shots": shots, "base": mean("base"), "seeds": mean("seeds"), "expert": mean("expert"), "against": against}
+    found_means = {name: mean(name) for name in ("base", "teacher", "seeds", "expert")}
+    return {"shots": shots, "passes": passes(teacher_epochs(found)), "against": against} | found_means
 
 
 def _setting(recipe: dict[str, Any], found: dict[str, Any], stages: dict[str, Any]) -> dict[str, Any]:
@@ -147,18 +151,22 @@ def _controls(found: dict[str, Any]) -> list[str]:
     rows = {
         (c["against"], c["metric"]): c for c in found["comparisons"] if (c["system"], c["shots"]) == ("expert", shots)
     }
-    if ("seeds", "token_f1") in rows:
-        mean = rows["seeds", "token_f1"]["mean"]
-        if mean["low"] > 0:
+    tuned = {
+        "teacher": f"The teacher, tuned on the seeds alone for {passes(teacher_epochs(found))}, reaches",
+        "seeds": "Tuned on the seeds alone, for as many tokens, the base reaches",
+    }
+    reached = {name: _mean(found, name, shots)["value"] for name in tuned if (name, "token_f1") in rows}
+    for name, value in reached.items():
+        mean = rows[name, "token_f1"]["mean"]
+        if name != max(reached, key=lambda other: reached[other]):
+            verdict = "but this is the weaker of the two controls"
+        elif mean["low"] > 0:
             verdict = "so the synthetic rows are worth something of their own"
         elif mean["high"] >= 0:
             verdict = "so what the synthetic rows add to the seeds is not certain"
         else:
             verdict = "so the synthetic rows do harm: the seeds alone are better"
-        said.append(
-            f"Tuned on the seeds alone, for as many tokens, the base reaches "
-            f"{_mean(found, 'seeds', shots)['value']:.1f}: the expert differs by {_points(mean)}, {verdict}."
-        )
+        said.append(f"{tuned[name]} {value:.1f}: the expert differs by {_points(mean)}, {verdict}.")
     for metric, text in (
         ("token_f1", "Without {mover}, the task that moved most, the gain over the base is {points}."),
         ("entity_f1", "By strict entity F1, which wants name and type exactly, the gain over the base is {points}."),
@@ -238,10 +246,10 @@ def _general(found: dict[str, Any]) -> dict[str, Any] | None:
     if not general:
         return None
     changes = {change["system"]: change for change in general["changes"]}
-    rows = []
+    names, rows = system_names(found), []
     for name, system in general["systems"].items():
         p, f1 = system["perplexity"], system["token_f1"]
-        cells = [SYSTEM_NAMES.get(name, name), f"{p['value']:.2f} [{p['low']:.2f}, {p['high']:.2f}]", "–"]
+        cells = [names.get(name, name), f"{p['value']:.2f} [{p['low']:.2f}, {p['high']:.2f}]", "–"]
         cells += [f"{f1['value']:.1f} [{f1['low']:.1f}, {f1['high']:.1f}]", "–"]
         if name in changes:
             c, d = changes[name]["perplexity_percent"], changes[name]["token_f1"]
@@ -252,8 +260,9 @@ def _general(found: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _notes(found: dict[str, Any]) -> list[str]:
-    notes = []
-    for name, report in found.get("systems", {}).items():
+    notes, names = [], system_names(found, alone="seeds")
+    for system, report in found.get("systems", {}).items():
+        name = names.get(system, system)
         dropped = {(r["task"], r["shots"], r["dropped_shots"], r["cut_inputs"]) for r in report["results"]}
         for task, shots, count, cut in sorted(dropped):
             if count:

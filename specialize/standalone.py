@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from .controls import system_names
 from .errors import InputError
 from .progress import Reporter
 from .records import file_fingerprint, read_json_lines, read_tasks, read_training_rows
@@ -415,7 +416,7 @@ def systems_table(found: dict[str, Any], metric: str = "token_f1") -> list[tuple
     columns = [
         (name, shots) for name, report in systems.items() for shots in sorted({r["shots"] for r in report["results"]})
     ]
-    names = {"seeds": "seeds alone"}
+    names = system_names(found)
     head: tuple[str, ...] = ("task", *(f"{names.get(n, n)}, {s}-shot" for n, s in columns))
     cells = {
         (name, r["shots"], r["task"]): r

@@ -1,6 +1,7 @@
 """Ablations: a variant that shares stages is the run that would have been made alone; what is equal is made once."""
 
 import json
+import shutil
 
 import pytest
 from test_pipeline import contents
@@ -98,6 +99,33 @@ def test_the_table_says_what_the_runs_say(ablation, tiny):
     table = [line for line in page.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in table}) == 1
     assert len(table) == 2 + len(result["rows"]) + 2  # head, rule, rows, and the base at two more numbers of shots
+
+
+def test_the_teacher_is_the_recipe_s_control_too(ablation, tiny, tmp_path):
+    """Asked for later it is scored, nothing is trained; variants score none unless they ask for it."""
+    out, recipe, before, *_ = ablation
+    shutil.copytree(out, tmp_path / "out")
+    asking = Variant("one answer", {"responses.samples": 0, "evaluate.teacher": True})
+    log, chosen = [], [VARIANTS[1], asking]
+    result = ablate(opener(tiny, log), override(recipe, ["evaluate.teacher=true"]), chosen, tmp_path / "out")
+    assert log == []
+    names = [row["name"] for row in result["rows"]]
+    controls = ["base", "seeds alone, 6 epochs", "seeds alone, equal tokens"]
+    assert names == [*controls, REFERENCE, "no filter", "one answer"]
+    rows, old = ({row["name"]: row for row in found["rows"]} for found in (result, before))
+    assert all(rows[name]["means"] == old[name]["means"] for name in names if name in old)
+    assert rows[REFERENCE]["against_seeds"] == old[REFERENCE]["against_seeds"]
+    scored = {
+        name: json.loads((tmp_path / "out" / folder_name(name) / "eval.json").read_text())["systems"]
+        for name in names[3:]
+    }
+    assert ["teacher" in systems for systems in scored.values()] == [True, False, True]
+    means = [m for m in scored[REFERENCE]["teacher"]["means"] if m["metric"] != "rouge_l"]
+    assert rows["seeds alone, 6 epochs"]["means"] == means
+    told = {c["metric"]: c["mean"]["value"] for c in rows[REFERENCE]["against_teacher"]}
+    expert = {m["metric"]: m["value"] for m in scored[REFERENCE]["expert"]["means"]}
+    assert told == {m["metric"]: pytest.approx(expert[m["metric"]] - m["value"], abs=0.011) for m in means}
+    assert "| seeds alone, 6 epochs |" in (tmp_path / "out" / "ablation.md").read_text()
 
 
 def test_a_killed_ablation_goes_on(ablation, tiny, tmp_path, monkeypatch):

@@ -280,6 +280,10 @@ def test_a_run_by_command_resumes_and_remembers(capsys, tiny, arguments, tmp_pat
     assert code == 0, err
     assert "mean token_f1" in out
     assert str(run / "report.html") in out
+    code, out, err = call(capsys, "run", "--out", run, "--set", "evaluate.teacher=true", "--quiet")
+    assert code == 0, err
+    for name in ("seeds alone, 6 epochs", "seeds alone, equal tokens"):
+        assert f"  {name}, 0-shot" in out and f"expert against the {name}, 0-shot: " in out
     code, _, err = call(capsys, "run", "--out", run, "--set", "tune.rank=2", "--quiet")
     assert code == 2
     assert "tune.rank: 8 → 2" in err

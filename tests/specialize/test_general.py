@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -110,7 +111,7 @@ def test_perplexity_weighs_tokens_and_pairs_texts():
     assert perplexity_change(worse, base, 0) == change
 
 
-def test_a_run_reports_it(tiny, run_folder, capsys, monkeypatch):
+def test_a_run_reports_it(tiny, run_folder, tmp_path, monkeypatch):
     folder, found = run_folder
     part = json.loads((folder / "eval.json").read_text())["general"]
     assert part == found["general"]
@@ -127,6 +128,17 @@ def test_a_run_reports_it(tiny, run_folder, capsys, monkeypatch):
     recipe = read_recipe(folder / "recipe.yaml")[0]
     again = Run(folder, recipe, tiny.inputs, reporter=Reporter(quiet=True)).execute(until="evaluate")
     assert again["general"] == part
+    # with the teacher among the systems, it alone is asked
+    monkeypatch.undo()
+    shorten(monkeypatch)
+    folder = shutil.copytree(folder, tmp_path / "run")
+    more = Run(
+        folder, override(recipe, ["evaluate.teacher=true"]), tiny.inputs, reporter=Reporter(quiet=True)
+    ).execute()
+    assert [c["system"] for c in more["general"]["changes"]] == ["teacher", "seeds", "expert"]
+    assert {name: more["general"]["systems"][name] for name in part["systems"]} == part["systems"]
+    assert changes_lines(more["general"], {"teacher": "few"})[0].startswith("off-domain, few: perplexity")
+    assert changes_lines(more["general"], {"teacher": "few"})[1:] == changes_lines(part)
 
 
 def test_eval_of_a_model(tiny, run_folder, monkeypatch, capsys):

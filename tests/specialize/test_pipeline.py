@@ -22,6 +22,7 @@ from specialize.progress import Reporter
 from specialize.prompts import openings
 from specialize.recipe import override, read_recipe
 from specialize.records import Seed, file_fingerprint
+from specialize.standalone import systems_table
 from specialize.synthesize import ANCHOR_SAMPLES
 
 
@@ -129,6 +130,57 @@ def test_a_teacher_learns_in_groups_only_if_it_answers_with_demonstrations(tiny,
     assert (teacher.info["steps"] < len(run.seeds)) == bool(shown)
     assert ("tune.demonstrations" in teacher.settings) == bool(shown)
     assert run.settings_of()["tune"]["tune.demonstrations"] == 3
+
+
+def test_the_teacher_is_scored_where_asked_for_and_nothing_is_made_again(telling, tmp_path, monkeypatch):
+    folder, settings = tmp_path / "run", ("tune.epochs=0.2", "evaluate.limit=0")
+    plain = open_run(telling, folder, *settings).execute()
+    before = contents(folder)
+    assert list(plain["systems"]) == ["base", "seeds", "expert"]
+    monkeypatch.setattr(Run, "_train", None)  # no stage but evaluate and report
+    result = open_run(telling, folder, *settings, "evaluate.teacher=true").execute()
+    assert list(result["systems"]) == ["base", "teacher", "seeds", "expert"]
+    names = ["base", "seeds alone, 6 epochs", "seeds alone, equal tokens", "expert"]
+    assert systems_table(result)[0] == ("task", *(f"{name}, 0-shot" for name in names))
+    assert result["systems"]["teacher"]["adapter"] == str(folder / "teacher")
+    means = {
+        (name, mean["shots"], mean["metric"]): mean["value"]
+        for name, report in result["systems"].items()
+        for mean in report["means"]
+    }
+    assert means["teacher", 0, "token_f1"] > means["expert", 0, "token_f1"]
+    rows = {(c["system"], c["against"], c["metric"]): c for c in result["comparisons"]}
+    pairs = [("expert", "base"), ("expert", "teacher"), ("expert", "seeds"), ("seeds", "base")]
+    assert list(rows) == [(*pair, m) for pair in pairs for m in ("token_f1", "entity_f1", "rouge_l")]
+    for (one, other, metric), row in rows.items():
+        mean = row["mean"]
+        assert mean["value"] == pytest.approx(means[one, 0, metric] - means[other, 0, metric], abs=0.011)
+        assert mean["low"] <= mean["value"] <= mean["high"] and 0 < mean["p"] <= 1
+        if other != "teacher":
+            assert row in plain["comparisons"]
+    for page in (folder / "report.html", folder / "adapter" / "README.md"):
+        assert all(name in page.read_text() for name in names), page
+    # the rest is as it was, and with the setting off again all of it
+    assert {key: value for key, value in contents(folder).items() if key in before} | {
+        "count": before["count"]
+    } == before
+    assert open_run(telling, folder, *settings).execute() == plain
+
+
+@pytest.mark.parametrize(
+    ("settings", "same"),
+    [
+        (["tune.budget=teacher", "tune.batch=2", "retrieval.mode='off'"], "teacher"),
+        (["teacher.enabled=false", "filter.enabled=false"], None),
+    ],
+)
+def test_no_teacher_beside_a_control_that_it_is_nor_where_there_is_none(tiny, tmp_path, settings, same):
+    settings = ["evaluate.teacher=true", "evaluate.limit=1", *settings]
+    result = open_run(tiny, tmp_path / "run", *settings).execute(until="evaluate")
+    with Ledger(tmp_path / "run" / "ledger.sqlite") as ledger:
+        assert ledger.stages()["control"].info.get("same_as") == same
+    assert list(result["systems"]) == ["base", "seeds", "expert"] and "teacher_epochs" not in result["setting"]
+    assert systems_table(result)[0] == ("task", "base, 0-shot", "seeds alone, 0-shot", "expert, 0-shot")
 
 
 def test_held_out_seeds_decide_which_round_is_taken(tiny, tmp_path):

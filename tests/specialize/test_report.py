@@ -10,12 +10,13 @@ import pytest
 
 from specialize import cli
 from specialize.comparison import compare_runs, seed_groups
+from specialize.controls import control_names
 from specialize.evaluate import telling_examples
 from specialize.ledger import Ledger
 from specialize.pipeline import Run
 from specialize.progress import Reporter
 from specialize.recipe import override, read_recipe
-from specialize.report import write_report
+from specialize.report import _headline, write_report
 
 VOID = {"meta", "br", "hr", "img", "input", "link", "col", "path", "use", "rect", "circle", "line", "polyline"}
 
@@ -121,6 +122,26 @@ def test_hostile_text_stays_text(seeds, tmp_path):
     parsed(tmp_path / "run" / "report.html")
 
 
+def test_the_gain_at_the_top_is_that_of_the_scores_beside_it(seeds):
+    found = json.loads((seeds / "s0" / "eval.json").read_text())
+    before = _headline(found)
+    more = [c | {"shots": 5, "mean": c["mean"] | {"value": 99.0}} for c in found["comparisons"]]
+    assert _headline(found | {"comparisons": found["comparisons"] + more}) == before
+    assert _headline(found | {"comparisons": more})["against"] == {}
+
+
+def test_a_setting_that_an_older_run_does_not_name_is_its_default(seeds, tmp_path):
+    for name in ("s0", "s1"):
+        shutil.copytree(seeds / name, tmp_path / name)
+    path = tmp_path / "s0" / "recipe.yaml"
+    text = path.read_text()
+    assert "  teacher: false\n" in text
+    path.write_text(text.replace("  teacher: false\n", ""))
+    found = compare_runs([tmp_path / "s0", tmp_path / "s1"], tmp_path / "page.html")
+    assert [row["setting"] for row in found["differing"]] == ["seed"]
+    assert [group["runs"] for group in found["seeds"]] == [["s0", "s1"]]
+
+
 def test_runs_of_several_seeds_are_taken_together(seeds, tmp_path):
     folders = [seeds / name for name in ("s0", "s1", "s2", "rank")]
     found = compare_runs(folders, tmp_path / "page.html")
@@ -147,11 +168,81 @@ def test_runs_of_several_seeds_are_taken_together(seeds, tmp_path):
     assert "Over 3 random seeds" in text and "tune.rank" in text and "Take care" not in text
 
 
+@pytest.fixture(scope="module")
+def with_teacher(telling, tmp_path_factory):
+    """Two runs that differ in their random seed, evaluated with their teachers."""
+    folder = tmp_path_factory.mktemp("teacher")
+    settings = ["tune.epochs=0.2", "evaluate.limit=0", "evaluate.shots=[0, 1]", "evaluate.teacher=true"]
+    for seed in (0, 1):
+        recipe = override(read_recipe(telling.recipe)[0], [*settings, f"seed={seed}"])
+        Run(folder / f"s{seed}", recipe, telling.inputs, reporter=Reporter(mute=True)).execute()
+    return folder
+
+
+def test_the_report_shows_the_teacher_beside_the_control(with_teacher):
+    text = parsed(with_teacher / "s0" / "report.html")
+    found = json.loads((with_teacher / "s0" / "eval.json").read_text())
+    means = {
+        name: next(m["value"] for m in report["means"] if (m["shots"], m["metric"]) == (0, "token_f1"))
+        for name, report in found["systems"].items()
+    }
+    for control, name in (("teacher", "6 epochs"), ("seeds", "equal tokens")):
+        assert f"tuned on the seeds alone, {name} {means[control]:.1f}" in text  # its card
+        assert f"seeds alone, {name}, 0-shot" in text and f"against the seeds alone, {name}" in text  # table and plots
+        assert f"expert − seeds alone, {name}" in text
+    row = next(c for c in found["comparisons"] if (c["against"], c["metric"], c["shots"]) == ("teacher", "token_f1", 0))
+    said = f"The teacher, tuned on the seeds alone for 6 epochs, reaches {means['teacher']:.1f}: the expert differs by "
+    assert f"{said}{row['mean']['value']:+.1f} points" in text
+    # what the synthetic rows are worth is told from the stronger control alone
+    assert means["teacher"] > means["seeds"]
+    assert re.search(r"for as many tokens, the base reaches [^:]*: [^:]*, but this is the weaker of the two", text)
+    assert text.count("the weaker of the two") == 1 and text.count("the synthetic rows") == 1
+
+
+def test_runs_with_their_teachers_beside_runs_without(with_teacher, seeds, tmp_path):
+    found = compare_runs([with_teacher / "s0", with_teacher / "s1", seeds / "rank"], tmp_path / "page.html")
+    evals = [json.loads((with_teacher / name / "eval.json").read_text()) for name in ("s0", "s1")]
+    rows = {(r["what"], r["shots"], r["metric"]): r["values"] for r in found["seeds"][0]["rows"]}
+    for metric in ("token_f1", "entity_f1"):
+        assert rows["seeds alone, 6 epochs", 1, metric] == [
+            next(m["value"] for m in e["systems"]["teacher"]["means"] if (m["shots"], m["metric"]) == (1, metric))
+            for e in evals
+        ]
+    for against, name in (("teacher", "6 epochs"), ("seeds", "equal tokens")):
+        assert rows[f"expert − seeds alone, {name}", 0, "token_f1"] == [
+            next(
+                c["mean"]["value"]
+                for c in e["comparisons"]
+                if (c["system"], c["against"], c["shots"], c["metric"]) == ("expert", against, 0, "token_f1")
+            )
+            for e in evals
+        ]
+    means = [{(m["system"], m["shots"]) for m in run["means"]} for run in found["runs"]]
+    assert [("teacher", 0) in told for told in means] == [True, True, False]
+    page = (tmp_path / "page.html").read_text()
+    text = parsed(tmp_path / "page.html")
+    assert "base seeds alone, 6 epochs seeds alone, equal tokens expert against the base" in text
+    assert "“Seeds alone, 6 epochs” is the teacher" in text
+    assert "against the seeds alone, 6 epochs against the seeds alone, equal tokens" in text
+    assert all(row.count("<td") == 8 for row in re.findall(r'<tr><td class="break">.*</tr>', page)[:3])
+
+
+def test_controls_are_called_by_how_they_differ():
+    assert control_names() == {"seeds": "seeds alone"}
+    assert control_names(alone="seeds") == {"seeds": "seeds"}
+    assert control_names([4.0], alone="seeds") == {
+        "teacher": "seeds alone, 4 epochs", "seeds": "seeds alone, equal tokens"
+    }  # fmt: skip
+    assert [control_names(n)["teacher"] for n in ([1.0], [2.5, 2.5], [4.0, 2.0, 4.0])] == [
+        "seeds alone, 1 epoch", "seeds alone, 2.5 epochs", "seeds alone, 2 or 4 epochs"
+    ]  # fmt: skip
+
+
 def test_groups_need_the_same_inputs():
     def run(seed, tasks):
         return {
             "name": f"{seed}", "seed": seed, "settings": {"seed": seed}, "identity": {"tasks": tasks}, "gains": {},
-            "means": {("expert", 0): {"value": float(seed)}}, "entity": {},
+            "means": {("expert", 0): {"value": float(seed)}}, "entity": {}, "teacher_epochs": (),
         }  # fmt: skip
 
     assert seed_groups([run(0, "a"), run(1, "b")]) == []
