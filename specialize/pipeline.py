@@ -122,7 +122,8 @@ class Run:
             base["kv_dtype"] = self.recipe.kv_dtype
         if self.recipe.holdout:
             base["holdout"] = self.recipe.holdout
-        contrast = plain["responses"].pop("contrast")  # nothing to runs without it, nor to the first round
+        # Nothing to runs without them, nor to the first round.
+        later = {name: plain["responses"].pop(name) for name in ("contrast", "shots")}
         standard = Recipe().to_dict()
         for section, names in YOUNGER.items():
             for name in names:
@@ -147,8 +148,8 @@ class Run:
             found["teacher"] |= found["index"] | shown
         for round in range(1, self.recipe.rounds + 1):
             found[_numbered("responses", round)] = base | {f"responses.{k}": v for k, v in plain["responses"].items()}
-            if round > 1 and contrast:
-                found[_numbered("responses", round)]["responses.contrast"] = contrast
+            if round > 1:
+                found[_numbered("responses", round)] |= {f"responses.{k}": v for k, v in later.items() if v}
             found[_numbered("filter", round)] = {
                 "tasks": prints["tasks"],
                 **{f"filter.{k}": v for k, v in plain["filter"].items()},
@@ -724,14 +725,14 @@ class Run:
         ledger, maker = self.ledger, self.synthesizer
         items = [i for i in ledger.items(round=round, wave=wave) if i.status == "new" or self._was_answered(i)]
         teacher = self._teacher_of(round)
-        jobs = maker.response_jobs(items, None)
+        jobs = maker.response_jobs(items, None, round)
         self._take_replies(_numbered("responses", round), jobs)
         done = ledger.reply_ids("response")
         waiting = [job for job in jobs if any(job.reply_id(n) not in done for n in range(job.params.n))]
         if not waiting:
             return
         name = self._adapter_name(teacher)
-        per_item = 1 + self.recipe.responses.samples
+        per_item = maker.answers_each(round)
         by_id = {item.id: item for item in items}
         got = ledger.replies("response", by_id)
         passing = sum(

@@ -56,7 +56,10 @@ class Responses:
 
     ``passages_for``: "open" gives passages where the answer does not lie in the input (invented instructions, free
     text), "all" to every prompt. ``contrast``: from the second round on, when the expert answers, it is decoded against
-    the base by this strength (`SamplingParams.contrast`; 0: plainly).
+    the base by this strength (`SamplingParams.contrast`; 0: plainly). ``shots``: from the second round on as many
+    answers again as ``samples``, greedy ones, each after so many other seeds of its kind (0: none). An expert that was
+    tuned on rows in groups (``tune.demonstrations``) agrees with itself less when it is shown other examples, and where
+    it still does, it is right more often.
     """
 
     demonstrations: int = 0
@@ -68,6 +71,7 @@ class Responses:
     top_p: float = 0.95
     max_tokens: int = 128
     contrast: float = 0.0
+    shots: int = 0
 
 
 @dataclass(frozen=True)
@@ -237,6 +241,7 @@ _BOUNDS: dict[str, tuple[float, float | None]] = {
     "responses.top_p": (0.01, 1),
     "responses.max_tokens": (1, None),
     "responses.contrast": (0, 100),
+    "responses.shots": (0, 100),
     "filter.rouge_l": (0.01, 1),
     "filter.min_words": (1, None),
     "filter.max_words": (1, None),

@@ -549,8 +549,14 @@ class Synthesizer:
     def kind_named(self, name: str) -> Kind | None:
         return next((kind for kind in self.kinds if kind.name == name), None)
 
-    def response_jobs(self, items: Sequence[Item], adapter: str | None) -> list[Job]:
-        """The greedy and the sampled prompts of items. Groups share their demonstrations; passages come after them."""
+    def answers_each(self, round: int) -> int:
+        """Answers to each item of a round: the greedy one, the samples, and from round 2 on those after ``shots``."""
+        settings = self.recipe.responses
+        return 1 + settings.samples * (2 if settings.shots and round > 1 else 1)
+
+    def response_jobs(self, items: Sequence[Item], adapter: str | None, round: int = 1) -> list[Job]:
+        """The greedy and the sampled prompts of items. Groups share their demonstrations; passages come after them.
+        From round 2 on those after ``shots``, too: the n-th of a kind's items all after the same seeds."""
         settings = self.recipe.responses
         found = self.passages(
             [(i.id, self.kind_named(i.kind), i.instruction, i.input, i.provenance.get("documents", [])) for i in items]
@@ -590,6 +596,26 @@ class Synthesizer:
                 # The samples come when the greedy answers' prompts are in the prefix cache already.
                 jobs += greedy + sampled
                 greedy, sampled = [], []
+        if self.answers_each(round) > 1 + settings.samples:
+            for item in items:
+                jobs += self._shown_jobs(item, [self.passage_text(p) for p in found.get(item.id, [])], adapter)
+        return jobs
+
+    def _shown_jobs(self, item: Item, passages: Sequence[str], adapter: str | None) -> list[Job]:
+        settings = self.recipe.responses
+        kind = self.kind_named(item.kind)
+        pool = list(kind.seeds) if kind else self.seeds
+        jobs = []
+        for number in range(settings.samples):
+            chooser = random.Random(number_of(self.recipe.seed, "shots", item.kind, number))
+            seeds = chooser.sample(pool, min(settings.shots, len(pool)))
+            shots = [(s.instruction, s.input, s.output) for s in seeds]
+            params = self._params(
+                f"{item.id}/shown", temperature=0.0, top_p=1.0, max_tokens=settings.max_tokens, n=1, stop=STOP
+            )
+            prompt = response_prompt(item.instruction, item.input, shots, passages)
+            trail = {"seeds": [s.id for s in seeds]}
+            jobs.append(Job(item.id, "response", prompt, params, adapter, 1 + settings.samples + number, trail))
         return jobs
 
     def passages(self, asked: Sequence[tuple[str, Kind | None, str, str, Sequence[str]]]) -> dict[str, list[Any]]:
@@ -631,18 +657,21 @@ class Synthesizer:
     # judgement
 
     def judge(self, item: Item, replies: Sequence[Reply]) -> tuple[Verdict, str, float]:
-        """(verdict, answer, agreement) of an answered item: half of the samples must be sound, one of them is taken."""
+        """(verdict, answer, agreement) of an answered item: half of the samples must be sound, one of them is taken.
+        A prompt that was too long with its demonstrations is a sample that is not sound."""
         settings = self.recipe.filter
         kind = self.kind_named(item.kind)
         texts = [clean_reply(reply.raw) for reply in replies]
-        if not texts or any(reply.finish_reason == "error" for reply in replies):
+        if not texts or replies[0].finish_reason == "error":
             detail = next((str(r.provenance["error"]) for r in replies if "error" in r.provenance), "no reply")
             return Verdict(False, rules.TOO_LONG_PROMPT, detail), "", 0.0
         if not settings.enabled:
             return Verdict(bool(texts[0]), "" if texts[0] else rules.EMPTY), texts[0], 1.0
         demonstrations = [seed.output for seed in self.seeds]
         verdicts = [
-            rules.check_reply(
+            Verdict(False, rules.TOO_LONG_PROMPT)
+            if reply.finish_reason == "error"
+            else rules.check_reply(
                 text,
                 item.input,
                 kind=kind,

@@ -419,6 +419,13 @@ def test_a_second_round_is_answered_by_the_first_expert(finished, tiny, tmp_path
         replies = ledger.replies("response")
         assert {reply.provenance["contrast"] for i in second for reply in replies[i.id]} == {0.5}
         assert [r.raw for i in second for r in replies[i.id]] != raw
+    shown = open_run(tiny, folder, "rounds=2", "responses.shots=2")
+    assert shown.settings_of()["responses"] == apart.settings_of()["responses"]
+    shown.execute(redo=True)
+    with Ledger(folder / "ledger.sqlite") as ledger:
+        replies = ledger.replies("response")
+        assert {len(replies[i.id]) for i in second} == {1 + 2 * shown.recipe.responses.samples}
+        assert {r.raw for i in second for r in replies[i.id][:1]} <= set(raw), "asked alone it says what it said"
     open_run(tiny, folder, "rounds=1").execute(redo=True)
     same = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
     assert same == (finished[0] / "adapter" / "adapter_model.safetensors").read_bytes()

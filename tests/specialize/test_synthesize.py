@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from specialize import filter as rules
 from specialize.kinds import kinds_of
 from specialize.ledger import Item, Reply
+from specialize.prompts import response_prompt
 from specialize.recipe import Recipe, override
 from specialize.records import Seed, Verdict
 from specialize.synthesize import Synthesizer, cut, number_of, sentences
@@ -152,9 +153,36 @@ def test_votes_and_verdicts():
     assert one.judge(item(0), replies("", "", "gout <Disease>"))[0].reason == rules.EMPTY
     assert one.judge(item(0), replies("gout <Disease>", finish="length"))[0].reason == rules.CUT_OFF
     assert one.judge(item(0), [])[0].reason == rules.TOO_LONG_PROMPT
+    # With demonstrations a prompt may be too long for the context where it is not without them.
+    sound, failed = replies("gout <Disease>", "gout <Disease>"), replies("", "", "", finish="error")
+    assert one.judge(item(0), sound + failed[:2])[0].kept
+    assert one.judge(item(0), sound + failed)[0].reason == rules.TOO_LONG_PROMPT
+    assert one.judge(item(0), failed[:1] + sound)[0].reason == rules.TOO_LONG_PROMPT
     qa = item(0, "k01", "qa")
     assert one.judge(qa, replies("yes", "yes", "no"))[1] == "yes"
     assert one.judge(qa, replies("perhaps", "perhaps", "no"))[0].reason == "label not among those of the seeds"
+
+
+def test_from_the_second_round_on_answers_are_asked_after_demonstrations_too():
+    one = maker("responses.samples=6", "responses.shots=1")
+    items = [item(n) for n in range(40)] + [item(n, "k01", "qa") for n in range(2)]
+    assert one.answers_each(1) == 7 and len(one.response_jobs(items, None, 1)) == 2 * len(items)
+    assert maker("responses.samples=3").answers_each(2) == 4
+    jobs = one.response_jobs(items, None, 2)
+    ids = [job.reply_id(n) for job in jobs for n in range(job.params.n)]
+    assert len(set(ids)) == len(ids) == one.answers_each(2) * len(items) == 13 * len(items)
+    shown = [job for job in jobs if job.first_sample > 6]
+    by_seed = {seed.id: seed for seed in one.seeds}
+    sets = {}
+    for job in shown:
+        asked = next(i for i in items if i.id == job.item_id)
+        seeds = [by_seed[name] for name in job.provenance["seeds"]]
+        assert len(seeds) == len(set(job.provenance["seeds"])) == 1 and {s.kind for s in seeds} == {asked.kind}
+        shots = [(s.instruction, s.input, s.output) for s in seeds]
+        assert job.prompt == response_prompt(asked.instruction, asked.input, shots) and job.params.temperature == 0
+        sets.setdefault((asked.kind, job.first_sample), set()).add(tuple(job.provenance["seeds"]))
+    assert all(len(found) == 1 for found in sets.values()), "prompts of a kind share their demonstrations"
+    assert len({found.pop() for (kind, _), found in sets.items() if kind == "ner"}) > 1, "no two answers the same ones"
 
 
 def test_selection_is_balanced_and_complete():
