@@ -37,7 +37,6 @@ IMPORTED_LATE = (
 )  # fmt: skip
 for _name in IMPORTED_LATE:
     importlib.import_module(_name)
-plots._svg = lambda figure: "<svg/>"  # drawing takes most of a tiny run, and no fault is about it
 
 STAGES = ("index", "teacher", "instructions", "responses", "filter", "tune", "control", "evaluate", "report")
 
@@ -97,6 +96,7 @@ def child(work: Job, prepare: Callable[[], None] = lambda: None, *, kill_after_s
             sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            plots._svg = lambda figure: "<svg/>"  # drawing takes most of a tiny run, and no fault is about it
             prepare()
             cli.main(work.arguments)
         except SystemExit as error:
