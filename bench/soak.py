@@ -250,7 +250,7 @@ def format_result(r: dict[str, Any]) -> str:
         f"at the end",
         f"requests a second: {r['rate_first_tenth']} in the first tenth, {r['rate_last_tenth']} in the last; "
         f"CPU ms a request: {r['cpu_ms_first_tenth']}, {r['cpu_ms_last_tenth']}; beside a new generator: "
-        + (f"{r['slowdown']} times" if r["slowdown"] is not None else "not compared"),
+        + (f"{r['slowdown']} times" if r["slowdown"] is not None else "not compared (too few, or a problem)"),
         f"asked again: {r['asked_again']}, other answers: {r['differing']}; pages held at the end: {r['pages_held']}",
     ]
     return "\n".join(lines + [f"PROBLEM: {problem}" for problem in r["problems"]])

@@ -12,6 +12,7 @@ from .ledger import Item
 
 INK, MUTED, BLUE, ORANGE, GREEN, RED = "#1f2933", "#7b8794", "#2b6cb0", "#c05621", "#2f855a", "#c53030"
 COLORS = (BLUE, ORANGE, GREEN, RED, MUTED, INK)
+SYSTEM_COLORS = {"base": MUTED, "teacher": GREEN, "seeds": ORANGE, "expert": BLUE}
 
 
 def _figure(width: float = 6.4, height: float = 3.0) -> tuple[Any, Any]:
@@ -57,7 +58,7 @@ def plot_gains(found: dict[str, Any]) -> str:
     lines = ["mean", *(t["task"] for t in reversed(rows[0]["tasks"]))]
     figure, axes = _figure(height=0.9 + 0.52 * len(lines))
     names = {"base": "base"} | system_names(found)
-    colors = {"base": BLUE, "teacher": GREEN, "seeds": ORANGE}
+    colors = SYSTEM_COLORS | {"base": BLUE}
     for position, row in enumerate(rows):
         values = [row["mean"], *reversed(row["tasks"])]
         offset = (position - (len(rows) - 1) / 2) * 0.26
@@ -168,12 +169,11 @@ def plot_systems(found: dict[str, Any]) -> str:
     if len(rows) < 2:
         return ""
     figure, axes = _figure(height=0.8 + 0.36 * len(rows))
-    colors = {"base": MUTED, "teacher": GREEN, "seeds": ORANGE, "expert": BLUE}
     rest = INK if any(name == "teacher" for _, name, _ in rows) else GREEN  # earlier rounds
     for place, (_, name, mean) in enumerate(reversed(rows)):
         spans = [[mean["value"] - mean["low"]], [mean["high"] - mean["value"]]]
         axes.errorbar(
-            [mean["value"]], [place], xerr=spans, fmt="o", color=colors.get(name, rest), capsize=3, markersize=7
+            [mean["value"]], [place], xerr=spans, fmt="o", color=SYSTEM_COLORS.get(name, rest), capsize=3, markersize=7
         )
     axes.set_yticks(range(len(rows)), [label for label, _, _ in reversed(rows)])
     axes.set_ylim(-0.6, len(rows) - 0.4)
@@ -221,8 +221,7 @@ def plot_time(stages: dict[str, Any]) -> str:
 
 def plot_comparison(runs: Sequence[dict[str, Any]], shots: int, names: Mapping[str, str]) -> str:
     """Each run's expert with its interval; base and the controls of ``names`` as marks beside it."""
-    colors = {"base": MUTED, "teacher": GREEN, "seeds": ORANGE, "expert": BLUE}
-    marks = [(name, colors[name], names.get(name, name)) for name in ("base", *names, "expert")]
+    marks = [(name, SYSTEM_COLORS[name], names.get(name, name)) for name in ("base", *names, "expert")]
     figure, axes = _figure(height=1.1 + 0.42 * len(runs))
     for system, color, label in marks:
         rows = [

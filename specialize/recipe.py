@@ -99,7 +99,8 @@ class Tune:
     ``rank_stabilized`` is rsLoRA's scale, ``dora`` trains the length of weight rows beside their direction, ``init``
     "pissa" starts from the weights' leading singular vectors, ``plus_ratio`` (LoRA+) is how much faster B learns.
     ``validation`` is the share of rows held out; ``patience`` validations (one an epoch) without a new lowest loss end
-    the training (0: never), ``keep_best`` gives the weights of the lowest. Teacher and control are trained alike.
+    the training (0: never), ``keep_best`` gives the weights of the lowest. All this holds for teacher and
+    control as for the expert.
 
     ``demonstrations``: the share ``few_shot`` of the rows stands in groups, up to so many rows before a row as its
     demonstrations; of the teacher's rows, too, if it is to answer with demonstrations. ``anchor`` weighs the KL

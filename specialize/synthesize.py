@@ -550,9 +550,13 @@ class Synthesizer:
         return next((kind for kind in self.kinds if kind.name == name), None)
 
     def answers_each(self, round: int) -> int:
-        """Answers to each item of a round: the greedy one, the samples, and from round 2 on those after ``shots``."""
+        """Answers to each item of a round: the greedy one, the samples, and those after ``shots``."""
+        return 1 + self.recipe.responses.samples + self._num_shown(round)
+
+    def _num_shown(self, round: int) -> int:
+        """Answers to each item after ``shots``: from round 2 on as many as there are samples."""
         settings = self.recipe.responses
-        return 1 + settings.samples * (2 if settings.shots and round > 1 else 1)
+        return settings.samples if settings.shots and round > 1 else 0
 
     def response_jobs(self, items: Sequence[Item], adapter: str | None, round: int = 1) -> list[Job]:
         """The greedy and the sampled prompts of items. Groups share their demonstrations; passages come after them.
@@ -565,19 +569,11 @@ class Synthesizer:
         greedy: list[Job] = []
         sampled: list[Job] = []
         for item in items:
-            kind = self.kind_named(item.kind)
             source = item.id.split("-")[1]
             chooser = self._group_generator("response", source, int(item.provenance["number"]))
-            pool = list(kind.seeds) if kind else self.seeds
+            pool = self._pool(item.kind)
             seeds = chooser.sample(pool, min(settings.demonstrations, len(pool)))
-            shown = found.get(item.id, [])
-            prompt = response_prompt(
-                item.instruction,
-                item.input,
-                [(s.instruction, s.input, s.output) for s in seeds],
-                [self.passage_text(passage) for passage in shown],
-            )
-            trail = {"seeds": [s.id for s in seeds], "passages": [passage.id for passage in shown]}
+            prompt, trail = self._asked(item, seeds, found.get(item.id, []))
             first = self._params(
                 f"{item.id}/greedy", temperature=0.0, top_p=1.0, max_tokens=settings.max_tokens, n=1, stop=STOP
             )
@@ -596,27 +592,34 @@ class Synthesizer:
                 # The samples come when the greedy answers' prompts are in the prefix cache already.
                 jobs += greedy + sampled
                 greedy, sampled = [], []
-        if self.answers_each(round) > 1 + settings.samples:
+        for number in range(self._num_shown(round)):
+            shown: dict[str, list[Any]] = {}  # by kind
             for item in items:
-                jobs += self._shown_jobs(item, [self.passage_text(p) for p in found.get(item.id, [])], adapter)
+                if item.kind not in shown:
+                    chooser = random.Random(number_of(self.recipe.seed, "shots", item.kind, number))
+                    pool = self._pool(item.kind)
+                    shown[item.kind] = chooser.sample(pool, min(settings.shots, len(pool)))
+                prompt, trail = self._asked(item, shown[item.kind], found.get(item.id, []))
+                params = self._params(
+                    f"{item.id}/shown", temperature=0.0, top_p=1.0, max_tokens=settings.max_tokens, n=1, stop=STOP
+                )
+                jobs.append(Job(item.id, "response", prompt, params, adapter, 1 + settings.samples + number, trail))
         return jobs
 
-    def _shown_jobs(self, item: Item, passages: Sequence[str], adapter: str | None) -> list[Job]:
-        settings = self.recipe.responses
-        kind = self.kind_named(item.kind)
-        pool = list(kind.seeds) if kind else self.seeds
-        jobs = []
-        for number in range(settings.samples):
-            chooser = random.Random(number_of(self.recipe.seed, "shots", item.kind, number))
-            seeds = chooser.sample(pool, min(settings.shots, len(pool)))
-            shots = [(s.instruction, s.input, s.output) for s in seeds]
-            params = self._params(
-                f"{item.id}/shown", temperature=0.0, top_p=1.0, max_tokens=settings.max_tokens, n=1, stop=STOP
-            )
-            prompt = response_prompt(item.instruction, item.input, shots, passages)
-            trail = {"seeds": [s.id for s in seeds]}
-            jobs.append(Job(item.id, "response", prompt, params, adapter, 1 + settings.samples + number, trail))
-        return jobs
+    def _pool(self, kind_name: str) -> list[Any]:
+        """The seeds that may be shown before an item: its kind's, or all where its instruction was invented."""
+        kind = self.kind_named(kind_name)
+        return list(kind.seeds) if kind else self.seeds
+
+    def _asked(self, item: Item, seeds: Sequence[Any], passages: Sequence[Any]) -> tuple[str, dict[str, Any]]:
+        """The prompt of an item, and what of the run's own went into it."""
+        prompt = response_prompt(
+            item.instruction,
+            item.input,
+            [(s.instruction, s.input, s.output) for s in seeds],
+            [self.passage_text(passage) for passage in passages],
+        )
+        return prompt, {"seeds": [s.id for s in seeds], "passages": [passage.id for passage in passages]}
 
     def passages(self, asked: Sequence[tuple[str, Kind | None, str, str, Sequence[str]]]) -> dict[str, list[Any]]:
         """Passages by id for those of ``asked`` (id, kind, instruction, input, documents the input was cut from) whose

@@ -177,6 +177,7 @@ def test_from_the_second_round_on_answers_are_asked_after_demonstrations_too():
     for job in shown:
         asked = next(i for i in items if i.id == job.item_id)
         seeds = [by_seed[name] for name in job.provenance["seeds"]]
+        assert set(job.provenance) == {"seeds", "passages"}
         assert len(seeds) == len(set(job.provenance["seeds"])) == 1 and {s.kind for s in seeds} == {asked.kind}
         shots = [(s.instruction, s.input, s.output) for s in seeds]
         assert job.prompt == response_prompt(asked.instruction, asked.input, shots) and job.params.temperature == 0
