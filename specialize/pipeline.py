@@ -602,7 +602,7 @@ class Run:
             with clock.of(_numbered("responses", round)):
                 self._respond(round, wave)
             with clock.of(_numbered("filter", round)):
-                judged = self._judge(round)
+                judged = self._judge(round, through=wave)
                 kept = {}
                 for item, verdict, _, _ in judged:
                     if verdict.kept:
@@ -763,8 +763,14 @@ class Run:
                 ]
             run_jobs(self.generator, waiting, ledger, origin=self._origin(teacher), on_reply=count)
 
-    def _judge(self, round: int) -> list[tuple[Item, Any, str, float]]:
-        items = [i for i in self.ledger.items(round=round) if i.status == "new" or self._was_answered(i)]
+    def _judge(self, round: int, through: int | None = None) -> list[tuple[Item, Any, str, float]]:
+        """Verdicts on the answered candidates of a round's waves, up to ``through``: a killed process may have left
+        later ones with a part of their answers, and whether a wave is needed follows from those before it alone."""
+        items = [
+            item
+            for item in self.ledger.items(round=round)
+            if (item.status == "new" or self._was_answered(item)) and (through is None or item.wave <= through)
+        ]
         replies = self.ledger.replies("response", [i.id for i in items])
         judged = []
         inputs = set()

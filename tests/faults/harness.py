@@ -56,7 +56,7 @@ POINTS = {
     "control": (Trainer, "train_step", lambda self: self.out.name == "control", 2),
     "evaluate": (Ledger, "add_reply", _purpose("eval/"), 5),
     "report": (report, "_gather", lambda *a: True, 0),
-    "second wave": (Ledger, "add_reply", _purpose("response"), 46),  # of the responses; the first wave has 45
+    "second wave": (Ledger, "add_reply", _purpose("response"), 45),  # of the responses; the first wave has 45
 }
 
 
@@ -124,9 +124,10 @@ def _kill_later(number: int, seconds: float) -> None:
         time.sleep(0.002)
 
 
-def break_at(stage: str, happen: Callable[[], None]) -> None:
-    """Let ``happen`` be called once, at the stage's point, before the call is made."""
+def break_at(stage: str, happen: Callable[[], None], later: int = 0) -> None:
+    """Let ``happen`` be called once, at the stage's point or so many calls ``later``, before the call is made."""
     owner, name, counts, let_through = POINTS[stage]
+    let_through += later
     original = getattr(owner, name)
     seen = 0
 

@@ -60,10 +60,12 @@ def test_a_run_survives(name, stage, small, tmp_path, small_disk):
     assert verify(work.folder).wrong == []
 
 
-def test_a_kill_in_the_second_wave(small, tmp_path):
-    """Its candidates are in the ledger and most are not answered."""
+@pytest.mark.parametrize("answers", [1, 4, 7, 10, 13, 16])
+def test_a_kill_in_the_second_wave(answers, small, tmp_path):
+    """Its candidates are in the ledger, some with a part of their 18 answers, as if they had been asked no more."""
     work = job(small.domain, tmp_path / "run")
-    assert child(work, lambda: break_at("second wave", lambda: FAULTS["SIGKILL"].happen(work))).code == -signal.SIGKILL
+    ended = child(work, lambda: break_at("second wave", lambda: FAULTS["SIGKILL"].happen(work), answers))
+    assert ended.code == -signal.SIGKILL, ended.output
     restarted = child(work)
     assert restarted.code == 0, restarted.output
     assert differences(small.expected, contents(work.folder)) == []
