@@ -4,14 +4,32 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import bm25s
 import numpy as np
 
 from specialize.errors import InputError
+
+
+@contextmanager
+def _without_jax() -> Iterator[None]:
+    """bm25s tries JAX when it is imported, which then takes three quarters of a GPU's memory; we select with numpy."""
+    hidden = "jax" not in sys.modules
+    if hidden:
+        sys.modules["jax"] = None  # type: ignore[assignment] - the mark of a module that cannot be imported
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules["jax"]
+
+
+with _without_jax():
+    import bm25s
 
 K1, B = 1.5, 0.75
 
