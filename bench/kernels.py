@@ -136,6 +136,21 @@ def _timed(function: Callable[..., Any], inputs: dict[str, Any], which: str) -> 
     return both
 
 
+def _waits(run: Callable[[], Any], stream: torch.cuda.Stream) -> bool:
+    """Whether the op waits for the device. A capture cannot, and one that fails keeps its memory for good."""
+    try:
+        with warnings.catch_warnings(), torch.cuda.stream(stream):
+            warnings.simplefilter("ignore")  # that the mode is a prototype
+            torch.cuda.set_sync_debug_mode("error")
+            run()
+    except RuntimeError:
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+    return False
+
+
 def measure(function: Callable[..., Any], inputs: dict[str, Any], which: str, rep_ms: int) -> dict[str, Any]:
     """Median, 20th and 80th percentile of device time in ms, the L2 cache emptied before each run.
 
@@ -152,16 +167,11 @@ def measure(function: Callable[..., Any], inputs: dict[str, Any], which: str, re
         for _ in range(2):
             run()
     torch.cuda.synchronize()
-    timed, kept = "graph", None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that a capture which fails leaves an empty graph
-            with torch.cuda.graph(graph, stream=stream):
-                kept = run()
-        call = graph.replay
-    except RuntimeError:
-        torch.cuda.synchronize()
-        timed, call = "direct", run
+    timed, call, kept = "direct", run, None
+    if not _waits(run, stream):
+        with torch.cuda.graph(graph, stream=stream):
+            kept = run()
+        timed, call = "graph", graph.replay
     median, low, high = do_bench(call, warmup=max(5, rep_ms // 4), rep=rep_ms, quantiles=[0.5, 0.2, 0.8])  # pyright: ignore
     del kept
     return {"ms": median, "ms_p20": low, "ms_p80": high, "timed": timed}

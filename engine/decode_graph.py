@@ -122,7 +122,7 @@ class DecodeGraphs:
         self._model, self._cache, self._max_context = model, cache, max_context
         self._graphs: dict[_Key, _Graph] = {}
         self._uses: dict[_Key, int] = {}
-        self._off = model.device.type != "cuda"
+        self._off = model.device.type != "cuda" or model.backend == "torch"  # whose ops wait for the device
         self.seconds = 0.0
 
     @torch.inference_mode()

@@ -190,6 +190,7 @@ def _launch_backward(dy, dh, h, weight, eps, want_dweight, want_dbias):
             num_rows, num_channels, inner, outer_stride, inner_stride, eps,
             HAS_DH=dh is not None, HAS_DWEIGHT=want_dweight, HAS_DBIAS=want_dbias,
             ROWS=config["rows"], BLOCK=block, num_warps=config["num_warps"],
+            enable_fp_fusion=False,  # dy·w − mean fused is not 0 where it cancels, and the scale is large just there
         )  # fmt: skip
     return (
         dx,
@@ -287,6 +288,7 @@ def _compile_cases(target: int) -> list[CompileCase]:
                     },
                     num_warps=config["num_warps"],
                     attrs=dict.fromkeys(("num_channels", "h_outer_stride"), 16),
+                    options={"enable_fp_fusion": False},
                 )
             )
     return cases

@@ -119,7 +119,7 @@ def _expand_token_kernel(
         at = (split[:, None] * tl.cast(T, tl.int64) + token) * R + rank[None, :]
         b = tl.load(b_ptr + (adapter * N + column)[:, None] * R + rank[None, :], mask=(column < N)[:, None], other=0.0)
         h = tl.sum(tl.load(h_ptr + at, mask=(split < SPLITS)[:, None], other=0.0), axis=0)
-        update = tl.sum(b.to(tl.float32) * h[None, :], axis=1) * tl.load(scale_ptr + adapter)
+        update = tl.sum(b.to(tl.float32) * (h * tl.load(scale_ptr + adapter))[None, :], axis=1)
         target = y_ptr + token * stride_y + column
         y = tl.load(target, mask=column < N, other=0.0).to(tl.float32)
         tl.store(target, (y + update).to(y_ptr.dtype.element_ty), mask=column < N)

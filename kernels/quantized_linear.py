@@ -236,7 +236,10 @@ def _channel_kernel(
                 w = tl.inline_asm_elementwise(DECODE, "=r,=r,r", [raw], tl.float16, is_pure=True, pack=4)
         else:
             w = raw.to(dtype)
-        acc = tl.dot(w, x.T, acc, input_precision=PRECISION)
+        if PRECISION == "ieee":  # one running sum over thousands of products would lose three bits of fp32
+            acc += tl.dot(w, x.T, input_precision=PRECISION)
+        else:
+            acc = tl.dot(w, x.T, acc, input_precision=PRECISION)
     acc *= tl.load(scale_ptr + channel, mask=inside, other=0.0)[:, None]
     _finish(acc, token, channel, T, N, bias_ptr, y_ptr, parts_ptr, counter_ptr, HAS_BIAS, SPLITS)
 

@@ -88,7 +88,7 @@ def test_recorded_decodes_equal_launched_ones(name, tmp_path):
             break
         chunks = [(s, at, [sequences[s][at]]) for s in live]
         expected = model.logits(model.forward(plain.batch(chunks), plain))
-        logits = graphs.logits(recorded.batch(chunks))
+        logits = graphs.logits(recorded.batch(chunks), None)
         if logits is None:
             logits = model.logits(model.forward(recorded.batch(chunks), recorded))
         else:
