@@ -48,6 +48,15 @@ class Kind:
         """The answer lies neither in the input nor follows from a long one: passages of the corpus can help."""
         return not self.extractive and self.max_words <= SENTENCE_WORDS
 
+    @property
+    def chance_agreement(self) -> float:
+        """Of labels: how often two draws from the seeds' are equal, Σ p², so what samples that say nothing reach; of
+        other forms 0."""
+        if self.form != "label":
+            return 0.0
+        counts = Counter(normalise(seed.output) for seed in self.seeds)
+        return sum(count * count for count in counts.values()) / len(self.seeds) ** 2
+
     def answer_parts(self, text: str) -> list[tuple[str, str]]:
         return entities(text) if self.form in ("entities", "list") else [(text.strip(), "")]
 

@@ -77,7 +77,8 @@ class Responses:
 @dataclass(frozen=True)
 class Filter:
     """``rouge_l``: an instruction nearer than this to a kept one is rejected. ``min_agreement``: samples that agree
-    less are rejected. ``balance``: each kind of task keeps an equal share, labels the proportions of the seeds."""
+    less are rejected, of labels also those that agree less than draws from the seeds' labels would; 0: none.
+    ``balance``: each kind of task keeps an equal share, labels the proportions of the seeds."""
 
     enabled: bool = True
     rouge_l: float = 0.7

@@ -691,7 +691,10 @@ class Synthesizer:
         score = agreement(kind, sound)
         answer = consensus(kind, sound)
         verdict = Verdict(True)
-        if verdict.kept and score < settings.min_agreement:
+        least = settings.min_agreement
+        if least and kind is not None:
+            least = max(least, kind.chance_agreement)
+        if verdict.kept and score < least:
             verdict = Verdict(False, rules.LOW_AGREEMENT, f"{score:.2f}")
         if verdict.kept and self.overlap is not None and (hits := self.overlap.hits(item.input)):
             verdict = Verdict(False, rules.OVERLAP, ", ".join(sorted({name for name, _ in hits})))

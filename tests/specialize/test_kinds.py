@@ -37,6 +37,16 @@ def test_kinds_are_read_off_the_seeds():
         assert all(form_fault(kind, s.output, s.input) == "" for s in kind.seeds)
 
 
+def test_chance_agreement_is_how_often_two_labels_of_the_seeds_are_equal():
+    for outputs in (["yes", "no", "Yes", "yes"], [*"xyzxyz", "z"], ["yes"] * 3):
+        [kind] = kinds_of(make("qa", [(f"Is it {i}? {PASSAGE}", output) for i, output in enumerate(outputs)]))
+        assert kind.form == "label"
+        pairs = [a.lower() == b.lower() for a in outputs for b in outputs]
+        assert kind.chance_agreement == pytest.approx(sum(pairs) / len(pairs))
+    [ner] = kinds_of(NER)
+    assert ner.chance_agreement == 0
+
+
 def test_fields():
     assert split_fields("Abstract: one\ntwo\nQuestion: three?") == [("Abstract", "one\ntwo"), ("Question", "three?")]
     assert split_fields("no field here") is None

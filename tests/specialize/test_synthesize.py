@@ -153,6 +153,15 @@ def test_votes_and_verdicts():
     assert one.judge(item(0), replies("", "", "gout <Disease>"))[0].reason == rules.EMPTY
     assert one.judge(item(0), replies("gout <Disease>", finish="length"))[0].reason == rules.CUT_OFF
     assert one.judge(item(0), [])[0].reason == rules.TOO_LONG_PROMPT
+    # Labels: two thirds of the seeds say yes, so draws from them are equal in 5 of 9 cases.
+    asked = item(0, "k01", "qa", SEEDS[2].input)
+    assert maker("filter.min_agreement=0.1").kinds[1].form == "label"
+    for yes, kept in ((9, True), (7, True), (6, False), (5, False)):  # of 36 pairs equal: 36, 22, 18, 16
+        verdict, answer, _ = maker("filter.min_agreement=0.1").judge(
+            asked, replies(*["yes"] * yes, *["no"] * (9 - yes))
+        )
+        assert (verdict.kept, answer) == (kept, "yes")
+        assert maker("filter.min_agreement=0").judge(asked, replies(*["yes"] * yes, *["no"] * (9 - yes)))[0].kept
     # With demonstrations a prompt may be too long for the context where it is not without them.
     sound, failed = replies("gout <Disease>", "gout <Disease>"), replies("", "", "", finish="error")
     assert one.judge(item(0), sound + failed[:2])[0].kept
