@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import sys
 from pathlib import Path
@@ -75,6 +76,16 @@ def available_memory_bytes(device: torch.device | str) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return min([psutil.virtual_memory().available, *(max(limit - used, 0) for limit, used in _container_limits())])
+
+
+def free_unused(device: torch.device | str) -> None:
+    """Gives a CUDA device back what torch's pool keeps of tensors that are gone, those in cycles, too: a generator's
+    KV cache would else count as held long after the generator."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        gc.collect()
+        with torch.cuda.device(device):
+            torch.cuda.empty_cache()
 
 
 def process_bytes(device: torch.device | str) -> int:

@@ -16,7 +16,7 @@ from specialize.errors import InputError
 
 from .config import ModelConfig
 from .layout import layer_linears, num_parameters
-from .memory import available_memory_bytes, process_bytes
+from .memory import available_memory_bytes, free_unused, process_bytes
 from .quantize import Quantization, quantized_bytes
 from .scheduler import EngineConfig
 
@@ -275,6 +275,7 @@ def plan_on_device(
 ) -> GenerationPlan:
     """`plan_generation` for what the device has now. Raises InputError for a cap above what there is."""
     device = torch.device(device)
+    free_unused(device)
     available, held = available_memory_bytes(device), process_bytes(device)
     there = available + held
     if engine.memory_bytes is not None and engine.memory_bytes > there:

@@ -27,7 +27,7 @@ from specialize.errors import InputError
 
 from ..engine.config import ModelConfig
 from ..engine.layout import layer_linears, num_parameters
-from ..engine.memory import available_memory_bytes, process_bytes
+from ..engine.memory import available_memory_bytes, free_unused, process_bytes
 from ..engine.model import AdaptedLinear
 from ..engine.plan import CPU_RUNTIME_BYTES, RESERVE, gigabytes
 from ..engine.quantize import Quantization, quantized_bytes
@@ -370,6 +370,7 @@ def plan_on_device(
 ) -> TuningPlan:
     """`plan_tuning` for what the device has now, or for a cap on what this process takes of it."""
     device = torch.device(device)
+    free_unused(device)
     held = process_bytes(device)
     there = available_memory_bytes(device) + held
     if memory_bytes is not None and memory_bytes > there:

@@ -7,7 +7,11 @@ import torch
 from checkpoints import llama_dict, mpt_dict, save_folder
 from specialize.engine.batch import Batch
 from specialize.engine.embedder import Embedder
+from specialize.engine.generator import Generator
 from specialize.engine.model import Model
+from specialize.engine.sampler import SamplingParams
+from specialize.engine.scheduler import EngineConfig
+from specialize.engine.shapes import SHAPES
 from test_model import Pages, random_sequences
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -95,3 +99,15 @@ def test_recorded_decodes_equal_launched_ones(name, tmp_path):
             used += 1
         assert worst_row(logits, expected.double().cpu()) < 2.0**-6
     assert used > 20 and RECORD_AT_USE == 3
+
+
+def test_a_generator_that_is_gone_leaves_its_memory_to_the_next():
+    """Its KV cache stays in torch's pool, which a cap on the process would otherwise still count."""
+    pages = []
+    for _ in range(2):
+        model = Model.random(SHAPES["smollm2-135m"], 0, dtype=torch.bfloat16, device="cuda")
+        generator = Generator(model, None, EngineConfig(memory_bytes=3 << 30))
+        generator.generate([[5, 9, 11]], SamplingParams(max_tokens=4, ignore_eos=True))
+        pages.append(generator.plan.num_pages)
+        del generator, model
+    assert pages[0] == pages[1] > 1000

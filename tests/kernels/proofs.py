@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
+FEW_NUMBERS = 16
+
 
 def worst_row_error(out: torch.Tensor, truth: torch.Tensor) -> float:
     """Largest ‖out - truth‖ / ‖truth‖ over rows (all but the last dimension); a NaN anywhere gives inf."""
@@ -67,13 +69,29 @@ def outputs_and_gradients(
 
 
 def prove(spec, case, dtype: torch.dtype, *, device: str = "cpu", seed: int = 0) -> None:
-    """Runs the Triton kernel of ``spec`` on poisoned memory and holds outputs and gradients against the fp64 truth."""
-    inputs = spec.make_inputs(case, device, dtype, seed)
-    with poisoned():
-        ours = outputs_and_gradients(lambda **kw: spec.run(**kw, backend="triton"), inputs, dout_dtype=dtype)
-    given = inputs | ({spec.saved: ours[0].detach()} if spec.saved else {})
-    reference = outputs_and_gradients(spec.reference, given, dout_dtype=dtype)
-    truth = outputs_and_gradients(spec.reference, widen(given), dout_dtype=dtype)
-    for number, (a, b, c) in enumerate(zip(ours, reference, truth, strict=True)):
-        assert a.dtype == b.dtype
-        assert_as_good(a, b, c, f"{spec.op} {dict(case)} result {number}")
+    """Runs the Triton kernel of ``spec`` on poisoned memory and holds outputs and gradients against the fp64 truth.
+
+    Where a result is a handful of numbers, one draw of inputs compares two roundings that fell as they fell: the
+    worst errors over many draws are compared, ours with the reference's.
+    """
+    errors: dict[int, tuple[float, float]] = {}
+    draws = 1
+    done = 0
+    while done < draws:
+        inputs = spec.make_inputs(case, device, dtype, seed + done)
+        with poisoned():
+            ours = outputs_and_gradients(lambda **kw: spec.run(**kw, backend="triton"), inputs, dout_dtype=dtype)
+        given = inputs | ({spec.saved: ours[0].detach()} if spec.saved else {})
+        reference = outputs_and_gradients(spec.reference, given, dout_dtype=dtype)
+        truth = outputs_and_gradients(spec.reference, widen(given), dout_dtype=dtype)
+        for number, (a, b, c) in enumerate(zip(ours, reference, truth, strict=True)):
+            assert a.dtype == b.dtype
+            if 0 < a.numel() < FEW_NUMBERS:
+                draws = FEW_NUMBERS
+            worst = errors.get(number, (0.0, 0.0))
+            errors[number] = max(worst[0], worst_row_error(a, c)), max(worst[1], worst_row_error(b, c))
+        done += 1
+    for number, (error, references) in errors.items():
+        allowed = 2 * references + torch.finfo(ours[number].dtype).eps
+        what = f"{spec.op} {dict(case)} result {number}"
+        assert error <= allowed, f"{what}: worst row's error {error:.2e}, allowed {allowed:.2e}"
