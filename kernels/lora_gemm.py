@@ -66,7 +66,7 @@ def _gemm_add_kernel(
                 acc = tl.dot(x, w_desc.load([k * BK, n]), acc, input_precision=PRECISION)
             else:
                 acc = tl.dot(x, w_desc.load([n, k * BK]).T, acc, input_precision=PRECISION)
-        for r in tl.static_range(0, R, BR):
+        for r in tl.range(0, R, BR, num_stages=1):
             h = h_desc.load([m, r])
             if W_ROWS_ARE_K:
                 acc = tl.dot(h, b_desc.load([r, n]), acc, input_precision=PRECISION)
@@ -212,6 +212,32 @@ def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
+def rank_loop(rank: int, config: Mapping[str, Any]) -> dict[str, Any]:
+    """How the GEMM goes through the rank: up to 64 in one step, a larger one in steps of 64.
+
+    With several steps the outer loop is not flattened: flattened, the tiles of all steps would lie in shared memory
+    at once, beside the stages of the K loop.
+    """
+    return {"BR": min(rank, 64), "FLATTEN": config["FLATTEN"] and rank <= 64}
+
+
+def _channels(config: Mapping[str, Any], rank: int, dtype: torch.dtype) -> int:
+    """Channels of a step in the small kernels: fewer where the rank is large."""
+    return max(16, min(config["BK"], 16384 // (rank * dtype.itemsize)))
+
+
+def gradient_tiles(config: Mapping[str, Any], rank: int, dtype: torch.dtype) -> dict[str, int]:
+    """Channels, warps and stages of the gradient's kernel, such that a large rank finds room in shared memory (Ampere:
+    163 KiB) and registers."""
+    channels = _channels(config, rank, dtype)
+    stage_bytes = config["BT"] * (channels + rank) * dtype.itemsize
+    return {
+        "BK": channels,
+        "num_warps": config["warps"] if rank * dtype.itemsize <= 256 else max(8, config["warps"]),
+        "num_stages": min(config["stages"], max(2, 98304 // stage_bytes)),
+    }
+
+
 def gemm_add(
     x: torch.Tensor,
     w: torch.Tensor,
@@ -227,7 +253,8 @@ def gemm_add(
     num_out = w.shape[1] if rows_are_k else w.shape[0]
     rank = h.shape[1]
     bm, bn, bk = config["BM"], config["BN"], config["BK"]
-    br = min(rank, 64)
+    loop = rank_loop(rank, config)
+    br = loop["BR"]
     y = torch.empty(num_tokens, num_out, dtype=x.dtype, device=x.device)
     num_programs = min(triton.cdiv(num_tokens, bm) * triton.cdiv(num_out, bn), num_multiprocessors(x.device))
     _gemm_add_kernel[(num_programs,)](
@@ -246,10 +273,9 @@ def gemm_add(
         BM=bm,
         BN=bn,
         BK=bk,
-        BR=br,
         GROUP=config["GROUP"],
         PARTS=config["PARTS"],
-        FLATTEN=config["FLATTEN"],
+        **loop,
         NUM_PROGRAMS=num_programs,
         PRECISION=_precision(x),
         num_warps=config["warps"],
@@ -277,7 +303,7 @@ def shrink(
         scaling,
         R=rank,
         BM=config["BM"],
-        BK=max(16, min(config["BK"], 8192 // rank)),
+        BK=_channels(config, rank, x.dtype),
         PRECISION=_precision(x),
         num_warps=config["warps"],
         num_stages=config["stages"],
@@ -331,8 +357,8 @@ def _gradient(
     num_tokens, num_k = x.shape
     rank = h.shape[1]
     bt = config["BT"]
-    bk = max(16, min(config["BK"], 8192 // rank))
-    blocks = triton.cdiv(num_k, bk)
+    tiles = gradient_tiles(config, rank, x.dtype)
+    blocks = triton.cdiv(num_k, tiles["BK"])
     splits = max(1, min(config["SPLITS"], num_tokens // bt))
     per_split = triton.cdiv(triton.cdiv(num_tokens, splits), bt) * bt
     splits = triton.cdiv(num_tokens, per_split)
@@ -356,103 +382,111 @@ def _gradient(
         SHRINK=a is not None,
         R=rank,
         BT=bt,
-        BK=bk,
         PRECISION=_precision(x),
-        num_warps=config["warps"],
-        num_stages=config["stages"],
+        **tiles,
     )
     return _sum(parts, 1.0, dtype), None if g_parts is None else _sum(g_parts, scaling, x.dtype)
 
 
-def _descriptor(rows: int, columns: int) -> str:
-    return f"tensordesc<bf16[{rows}, {columns}]>"
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+COMPILED = {
+    16: (torch.bfloat16,),
+    64: (torch.bfloat16, torch.float32),
+    128: (torch.bfloat16, torch.float32),
+    256: tuple(TYPES),
+}
 
 
 def compile_cases(target: int) -> list[CompileCase]:
-    """The shipped tiles at rank 16 and 64, both orders of W."""
+    """The shipped tiles from the smallest rank to the largest, both orders of W."""
+    return [case for rank, dtypes in COMPILED.items() for dtype in dtypes for case in _cases(target, rank, dtype)]
+
+
+def _cases(target: int, rank: int, dtype: torch.dtype) -> list[CompileCase]:
+    kind, wide = TYPES[dtype], dtype == torch.float32
+    name = f"R={rank} {kind}"
+    common: dict[str, Any] = {"R": rank, "PRECISION": "ieee" if wide else "tf32"}
     cases = []
-    sizes = dict.fromkeys(("T", "N", "K"), "i32")
-    for rank in (16, 64):
-        for rows_are_k in (False, True):
-            config = gemm_default(target)
-            bm, bn, bk, br = config["BM"], config["BN"], config["BK"], min(rank, 64)
-            signature = {
-                "x_desc": _descriptor(bm, bk),
-                "w_desc": _descriptor(bk, bn) if rows_are_k else _descriptor(bn, bk),
-                "h_desc": _descriptor(bm, br),
-                "b_desc": _descriptor(br, bn) if rows_are_k else _descriptor(bn, br),
-                "y_desc": _descriptor(bm, bn // config["PARTS"]),
-                "bias_ptr": "*bf16",
-                **sizes,
-            }
-            constants = {
-                "R": rank,
-                "HAS_BIAS": not rows_are_k,
-                "W_ROWS_ARE_K": rows_are_k,
-                "BR": br,
-                "NUM_PROGRAMS": 132,
-                "PRECISION": "tf32",
-                **{k: config[k] for k in ("BM", "BN", "BK", "GROUP", "PARTS", "FLATTEN")},
-            }
-            cases.append(
-                CompileCase(
-                    f"gemm_add {'backward' if rows_are_k else 'forward'} R={rank}",
-                    _gemm_add_kernel,
-                    signature,
-                    constants,
-                    num_warps=config["warps"],
-                    num_stages=config["stages"],
-                    gemm=True,
-                )
-            )
-        config = SHRINK_DEFAULT
+    for rows_are_k in (False, True):
+        config = gemm_default(target, dtype)
+        bm, bn, bk = config["BM"], config["BN"], config["BK"]
+        loop = rank_loop(rank, config)
+        br = loop["BR"]
+
+        def descriptor(rows: int, columns: int) -> str:
+            return f"tensordesc<{kind}[{rows}, {columns}]>"
+
         cases.append(
             CompileCase(
-                f"shrink R={rank}",
-                _shrink_kernel,
+                f"gemm_add {'backward' if rows_are_k else 'forward'} {name}",
+                _gemm_add_kernel,
                 {
-                    **dict.fromkeys(("x_ptr", "a_ptr", "h_ptr"), "*bf16"),
-                    **dict.fromkeys(("T", "K", "stride_x", "stride_ar"), "i32"),
-                    "scaling": "fp32",
+                    "x_desc": descriptor(bm, bk),
+                    "w_desc": descriptor(bk, bn) if rows_are_k else descriptor(bn, bk),
+                    "h_desc": descriptor(bm, br),
+                    "b_desc": descriptor(br, bn) if rows_are_k else descriptor(bn, br),
+                    "y_desc": descriptor(bm, bn // config["PARTS"]),
+                    "bias_ptr": f"*{kind}",
+                    **dict.fromkeys(("T", "N", "K"), "i32"),
                 },
                 {
-                    "stride_ak": 1,
-                    "R": rank,
-                    "PRECISION": "tf32",
-                    "BM": config["BM"],
-                    "BK": min(config["BK"], 8192 // rank),
+                    "HAS_BIAS": not rows_are_k,
+                    "W_ROWS_ARE_K": rows_are_k,
+                    "NUM_PROGRAMS": 132,
+                    **{k: config[k] for k in ("BM", "BN", "BK", "GROUP", "PARTS")},
+                    **common,
+                    **loop,
                 },
                 num_warps=config["warps"],
                 num_stages=config["stages"],
-                gemm=True,
-                attrs=dict.fromkeys(("T", "K", "stride_x", "stride_ar"), 16),
+                hot=not wide,
+                gemm=not wide,
             )
         )
-        config = GRADIENT_DEFAULT
-        for both in (False, True):
-            integers = ("T", "K", "stride_x", "tokens_per_split", "stride_dk", "stride_ak")
-            cases.append(
-                CompileCase(
-                    f"gradient{' and shrink' if both else ''} R={rank}",
-                    _gradient_kernel,
-                    {
-                        **dict.fromkeys(("x_ptr", "h_ptr", "a_ptr"), "*bf16"),
-                        **dict.fromkeys(("d_ptr", "g_ptr"), "*fp32"),
-                        **dict.fromkeys(integers, "i32"),
-                    },
-                    {
-                        "stride_dr": 1,
-                        "stride_ar": 1,
-                        "SHRINK": both,
-                        "R": rank,
-                        "PRECISION": "tf32",
-                        "BT": config["BT"],
-                        "BK": min(config["BK"], 8192 // rank),
-                    },
-                    num_warps=config["warps"],
-                    num_stages=config["stages"],
-                    gemm=True,
-                    attrs=dict.fromkeys(integers, 16),
-                )
+    config = SHRINK_DEFAULT
+    cases.append(
+        CompileCase(
+            f"shrink {name}",
+            _shrink_kernel,
+            {
+                **dict.fromkeys(("x_ptr", "a_ptr", "h_ptr"), f"*{kind}"),
+                **dict.fromkeys(("T", "K", "stride_x", "stride_ar"), "i32"),
+                "scaling": "fp32",
+            },
+            {"stride_ak": 1, "BM": config["BM"], "BK": _channels(config, rank, dtype), **common},
+            num_warps=config["warps"],
+            num_stages=config["stages"],
+            hot=not wide,
+            gemm=not wide,
+            attrs=dict.fromkeys(("T", "K", "stride_x", "stride_ar"), 16),
+        )
+    )
+    config = GRADIENT_DEFAULT
+    tiles = gradient_tiles(config, rank, dtype)
+    for both in (False, True):
+        integers = ("T", "K", "stride_x", "tokens_per_split", "stride_dk", "stride_ak")
+        cases.append(
+            CompileCase(
+                f"gradient{' and shrink' if both else ''} {name}",
+                _gradient_kernel,
+                {
+                    **dict.fromkeys(("x_ptr", "h_ptr", "a_ptr"), f"*{kind}"),
+                    **dict.fromkeys(("d_ptr", "g_ptr"), "*fp32"),
+                    **dict.fromkeys(integers, "i32"),
+                },
+                {
+                    "stride_dr": 1,
+                    "stride_ar": 1,
+                    "SHRINK": both,
+                    "BT": config["BT"],
+                    "BK": tiles["BK"],
+                    **common,
+                },
+                num_warps=tiles["num_warps"],
+                num_stages=tiles["num_stages"],
+                hot=not wide,
+                gemm=not wide and tiles["BK"] >= 64,  # of wgmma's rows
+                attrs=dict.fromkeys(integers, 16),
             )
+        )
     return cases

@@ -32,7 +32,13 @@ def test_triton_is_as_good_as_the_reference(case, dtype, small_tiles):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    "case", [*SPEC.test_cases, {"T": 1000, "in": 576, "out": 1536, "R": 40, "pass": "both"}], ids=str
+    "case",
+    [
+        *SPEC.test_cases,
+        {"T": 1000, "in": 576, "out": 1536, "R": 40, "pass": "both"},
+        {"T": 300, "in": 200, "out": 264, "R": 200, "bias": True, "pass": "both"},
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("products", [0, 1 << 60])
 def test_on_the_device(case, dtype, products):
