@@ -13,7 +13,9 @@ meets a valid key in its first block.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 
+import numpy as np
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -48,17 +50,18 @@ def find_tile(
     """The slot-th tile of this program: sequence start, length, first row and head. An empty slot's row is the
     length.
 
-    The longest tiles come first (the last queries, or the first keys), and slots run there and back over the
-    programs, so that each gets long and short ones alike.
+    The longest tiles of a group of heads come first (the last queries, or the first keys), and slots run there and
+    back over the programs, so that each gets long and short ones alike. A group begins with a slot of its own: one
+    that began inside a slot would hand its longest tiles to the same programs, group after group.
     """
     program = gl.program_id(0)
     lane = gl.where(slot % 2 == 0, program, num_programs - 1 - program)
-    index = slot * num_programs + lane
-    present = index < num_tiles * num_heads
-    index = gl.where(present, index, 0)
-    group = index // (num_tiles * group_heads)
-    inside = index % (num_tiles * group_heads)
+    slots_each = (num_tiles * group_heads + num_programs - 1) // num_programs
+    group = slot // slots_each
     heads_here = gl.minimum(group_heads, num_heads - group * group_heads)
+    inside = (slot - group * slots_each) * num_programs + lane
+    present = inside < num_tiles * heads_here
+    inside = gl.where(present, inside, 0)
     tile = inside // heads_here
     if LATE_FIRST:
         tile = num_tiles - 1 - tile
@@ -362,6 +365,35 @@ def supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | No
     return all(x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0 and x.data_ptr() % 16 == 0 for x in (q, k, v))
 
 
+@lru_cache(maxsize=1024)
+def plan(
+    num_tokens: int, num_sequences: int, num_heads: int, most_heads: int, num_programs: int, late_first: bool
+) -> tuple[int, int]:
+    """How many heads (at most ``most_heads``) make a group in ``find_tile``, and the slots of a program.
+
+    Of the possible groups the one whose busiest program has least to do, if all sequences were of one length.
+    """
+    num_tiles = num_tokens // 128 + num_sequences
+    tiles_each = num_tiles / num_sequences
+    filled = -(-num_tokens // (128 * num_sequences))
+    best = (float("inf"), 0, 0)
+    for group_heads in range(most_heads, 0, -1):
+        slots_each = -(-num_tiles * group_heads // num_programs)
+        groups, rest = divmod(num_heads, group_heads)
+        slots = np.arange(groups * slots_each - (-num_tiles * rest // num_programs))[:, None]
+        lanes = np.arange(num_programs)
+        lanes = np.where(slots % 2 == 0, lanes, num_programs - 1 - lanes)
+        group = slots // slots_each
+        tiles = ((slots - group * slots_each) * num_programs + lanes) // np.minimum(
+            group_heads, num_heads - group * group_heads
+        )
+        present = tiles < num_tiles
+        tiles = (num_tiles - 1 - tiles if late_first else tiles) % tiles_each
+        work = np.where(present & (tiles < filled), tiles + 1 if late_first else filled - tiles, 0)
+        best = min(best, (float(work.sum(0).max()), -group_heads, len(slots)))
+    return -best[1], best[2]
+
+
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
@@ -396,11 +428,12 @@ def launch_forward(
     num_tiles = num_tokens // 128 + num_sequences
     num_programs = min(num_tiles * num_heads, torch.cuda.get_device_properties(q.device).multi_processor_count)
     group = num_heads // k.shape[1]
+    most_heads = heads_per_group(num_heads, group, max_query_len, head_dim, q.element_size())
+    group_heads, num_slots = plan(num_tokens, num_sequences, num_heads, most_heads, num_programs, True)
     hopper_forward_kernel[(num_programs,)](
         make_descriptor(q, 64), make_descriptor(k, block_n), make_descriptor(v, block_n), out, lse, query_starts,
         slopes if slopes is not None else lse, out.stride(0), out.stride(1), lse.stride(0), softmax_scale * LOG2_E,
-        -(-num_tiles * num_heads // num_programs), num_tiles, num_heads, num_sequences,
-        heads_per_group(num_heads, group, max_query_len, head_dim, q.element_size()),
+        num_slots, num_tiles, num_heads, num_sequences, group_heads,
         GROUP=group, HEAD_DIM=head_dim, HAS_ALIBI=slopes is not None, num_warps=4, **config,
     )  # fmt: skip
     return out, lse

@@ -22,7 +22,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .attention_backward import launch_delta
 from .attention_forward import heads_per_group
-from .attention_hopper import clear_rows, copy_tile, find_tile, make_barriers, make_descriptor, produce, store_tile
+from .attention_hopper import (
+    clear_rows,
+    copy_tile,
+    find_tile,
+    make_barriers,
+    make_descriptor,
+    plan,
+    produce,
+    store_tile,
+)
 from .attention_tiles import LOG2_E
 
 
@@ -415,18 +424,20 @@ def launch_backward(
 
     rows = key_config["BLOCK_M"]
     programs = min(num_tiles * num_kv_heads, processors)
+    group_heads, num_slots = plan(num_tokens, num_sequences, num_kv_heads, max(1, shared // group), programs, False)
     hopper_key_gradient_kernel[(programs,)](
         make_descriptor(q, rows), make_descriptor(dout, rows), make_descriptor(k, 64), make_descriptor(v, 64),
         dk, dv, lse, delta, query_starts, slopes_or_any, dk.stride(0), dk.stride(1), lse.stride(0), *scales,
-        -(-num_tiles * num_kv_heads // programs), num_tiles, num_kv_heads, num_sequences, max(1, shared // group),
+        num_slots, num_tiles, num_kv_heads, num_sequences, group_heads,
         **constants, **key_config,
     )  # fmt: skip
     rows = query_config["BLOCK_N"]
     programs = min(num_tiles * num_heads, processors)
+    group_heads, num_slots = plan(num_tokens, num_sequences, num_heads, shared, programs, True)
     hopper_query_gradient_kernel[(programs,)](
         make_descriptor(q, 64), make_descriptor(dout, 64), make_descriptor(k, rows), make_descriptor(v, rows),
         dq, lse, delta, query_starts, slopes_or_any, dq.stride(0), dq.stride(1), lse.stride(0), *scales,
-        -(-num_tiles * num_heads // programs), num_tiles, num_heads, num_sequences, shared, **constants,
+        num_slots, num_tiles, num_heads, num_sequences, group_heads, **constants,
         **query_config,
     )  # fmt: skip
     return dq, dk, dv
