@@ -19,9 +19,12 @@ import torch
 from .dispatch import tl, triton
 from .spec import CompileCase
 
-GEMM_DEFAULT = {"BM": 128, "BN": 256, "BK": 64, "GROUP": 8, "PARTS": 2, "FLATTEN": True, "warps": 8, "stages": 3}
+# MERGED: the update's steps are iterations of the K loop that take their tiles through other descriptors, so they are
+# loaded ahead as the others are. h and B end where the rank does, and the copies fill the rest of a step with zeros.
+HOPPER_TILES = {"BM": 128, "BN": 256, "BK": 64, "GROUP": 8, "PARTS": 2, "warps": 8, "stages": 3}
+GEMM_DEFAULT = HOPPER_TILES | {"FLATTEN": True, "MERGED": True}
 # without TMA the addresses of a tile take registers: no larger tile fits without spills
-GEMM_AMPERE = {"BM": 64, "BN": 64, "BK": 32, "GROUP": 8, "PARTS": 1, "FLATTEN": False, "warps": 8, "stages": 3}
+GEMM_AMPERE = GEMM_DEFAULT | {"BM": 64, "BN": 64, "BK": 32, "PARTS": 1, "FLATTEN": False, "MERGED": False}
 SHRINK_DEFAULT = {"BM": 64, "BK": 128, "warps": 8, "stages": 3}
 GRADIENT_DEFAULT = {"BT": 64, "BK": 128, "SPLITS": 8, "warps": 4, "stages": 4}
 
@@ -46,6 +49,7 @@ def _gemm_add_kernel(
     BR: tl.constexpr,
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
+    MERGED: tl.constexpr,
     FLATTEN: tl.constexpr,
     NUM_PROGRAMS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -60,18 +64,27 @@ def _gemm_add_kernel(
         m = (first_m + (tile % (GROUP * num_n)) % size_m) * BM
         n = ((tile % (GROUP * num_n)) // size_m) * BN
         acc = tl.zeros((BM, BN), dtype=tl.float32)
-        for k in tl.range(num_k):
-            x = x_desc.load([m, k * BK])
+        for k in tl.range(num_k + tl.cdiv(R, BK) if MERGED else num_k):
+            left = x_desc
+            right = w_desc
+            at = k * BK
+            if MERGED:  # noqa: SIM102 - decided when compiled, the inner one when run
+                if k >= num_k:
+                    left = h_desc
+                    right = b_desc
+                    at = (k - num_k) * BK
+            x = left.load([m, at])
             if W_ROWS_ARE_K:
-                acc = tl.dot(x, w_desc.load([k * BK, n]), acc, input_precision=PRECISION)
+                acc = tl.dot(x, right.load([at, n]), acc, input_precision=PRECISION)
             else:
-                acc = tl.dot(x, w_desc.load([n, k * BK]).T, acc, input_precision=PRECISION)
-        for r in tl.range(0, R, BR, num_stages=1):
-            h = h_desc.load([m, r])
-            if W_ROWS_ARE_K:
-                acc = tl.dot(h, b_desc.load([r, n]), acc, input_precision=PRECISION)
-            else:
-                acc = tl.dot(h, b_desc.load([n, r]).T, acc, input_precision=PRECISION)
+                acc = tl.dot(x, right.load([n, at]).T, acc, input_precision=PRECISION)
+        if not MERGED:
+            for r in tl.range(0, R, BR, num_stages=1):
+                h = h_desc.load([m, r])
+                if W_ROWS_ARE_K:
+                    acc = tl.dot(h, b_desc.load([r, n]), acc, input_precision=PRECISION)
+                else:
+                    acc = tl.dot(h, b_desc.load([n, r]).T, acc, input_precision=PRECISION)
         if HAS_BIAS:
             columns = n + tl.arange(0, BN)
             acc += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
@@ -213,12 +226,13 @@ def num_multiprocessors(device: torch.device) -> int:
 
 
 def rank_loop(rank: int, config: Mapping[str, Any]) -> dict[str, Any]:
-    """How the GEMM goes through the rank: up to 64 in one step, a larger one in steps of 64.
+    """How the GEMM goes through the rank: as steps of the K loop, or after it in steps of at most 64.
 
-    With several steps the outer loop is not flattened: flattened, the tiles of all steps would lie in shared memory
-    at once, beside the stages of the K loop.
+    Several steps after it are not flattened into the outer loop: their tiles would all lie in shared memory at once.
     """
-    return {"BR": min(rank, 64), "FLATTEN": config["FLATTEN"] and rank <= 64}
+    if config["MERGED"]:
+        return {"MERGED": True, "BR": config["BK"], "FLATTEN": config["FLATTEN"]}
+    return {"MERGED": False, "BR": min(rank, 64), "FLATTEN": config["FLATTEN"] and rank <= 64}
 
 
 def _channels(config: Mapping[str, Any], rank: int, dtype: torch.dtype) -> int:

@@ -29,6 +29,19 @@ def test_triton_is_as_good_as_the_reference(case, dtype, small_tiles):
     prove(SPEC, case, dtype)
 
 
+@pytest.mark.parametrize("rank", [3, 65])
+def test_the_update_after_the_loop_is_the_update_in_it(rank):
+    case = {"T": 37, "in": 80, "out": 136, "R": rank, "bias": True, "pass": "both"}
+    inputs = SPEC.make_inputs(case, "cpu", torch.float16, 0)
+    results = []
+    for merged in (False, True):
+        tiles = TILES | {"MERGED": merged}
+        with override("lora_linear", "forward", tiles), override("lora_linear", "backward", tiles):
+            results.append(outputs_and_gradients(lambda **kw: lora_linear(**kw, backend="triton"), inputs))
+    for after, inside in zip(*results, strict=True):
+        torch.testing.assert_close(after, inside, rtol=2e-3, atol=2e-3)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
