@@ -14,7 +14,11 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from .rows import Rows, StepPlan
+    from .rows import DecodeSet, Rows, StepPlan
+
+
+# What `kernels.sampling.sample` takes for a row, beside its repetition penalty.
+DRAW_SETTINGS = ("keys", "steps", "temperature", "top_k", "top_p", "min_p")
 
 
 @dataclass(frozen=True)
@@ -83,41 +87,74 @@ class Batch:
         )
 
 
+def decode_step(plan: StepPlan, rows: Rows) -> dict[str, np.ndarray]:
+    """What is new about a step's decodes since the one before, by the names of `Batch` and of `sample`; and ``pages``
+    i32, those that their tokens go to. The base's come last."""
+    at, twins = plan.decode_at, plan.decode_set.twins
+    steps = at + 1 - plan.decode_set.settings.num_prompt
+    if len(twins):
+        at = np.append(at, at[twins])
+    page_ids, offsets = np.divmod(at, rows.page_size)
+    pages = rows.page_table[plan.decode_set.table_rows, page_ids]
+    return {
+        "token_ids": rows.tokens[plan.decode_set.token_rows, at],
+        "positions": at,
+        "slots": pages.astype(np.int64) * rows.page_size + offsets,
+        "context_lens": at + 1,
+        "steps": steps,
+        "pages": pages,
+    }
+
+
+def prefix_arrays(decodes: DecodeSet, page_size: int) -> dict[str, np.ndarray]:
+    """The groups of `Batch`, where prefixes are shared. The base's decodes are each a group of its own."""
+    if decodes.prefixes is None:
+        return {}
+    alone = np.arange(len(decodes.rows) + 1, len(decodes.table_rows) + 1, dtype=np.int32)
+    lens = np.append(decodes.prefixes.lens, np.zeros(len(alone), np.int32))
+    return {
+        "prefix_groups": np.append(decodes.prefixes.starts, alone),
+        "prefix_lens": lens * np.int32(page_size),
+    }
+
+
+def contrast_arrays(plan: StepPlan, rows: Rows, at: np.ndarray) -> dict[str, np.ndarray]:
+    """Settings of the draws ``at`` that the base runs beside."""
+    ids = plan.sampled_rows[at]
+    return {"contrast_at": at, "contrast": rows.contrast[ids], "contrast_floor": rows.contrast_floor[ids]}
+
+
 def build_step(plan: StepPlan, rows: Rows, device: torch.device | str) -> tuple[Batch, dict[str, torch.Tensor]]:
     """The batch of one generation step, and the sampled rows' settings by name, all in one copy.
 
     In the settings, ``last`` i64 are the flat indices of the hidden states that give a token, ``sampled_rows`` i64
-    their sequences' rows, ``decode_rows`` i64 those of the decodes, ``wants_logprobs`` i64 the draws that report
-    alternatives. Token ids of decodes are `UNKNOWN` where the step before has them. Decodes are gathered by vectorised
-    indexing; only chunks cost host time each. The base's rows of contrasted sequences hold the same tokens on pages of
-    their own; ``last`` ends with those that go with the draws ``contrast_at`` i64.
+    their sequences' rows, ``decode_rows`` i64 those of the decodes. Token ids of decodes are `UNKNOWN` where the step
+    before has them. Decodes are gathered by vectorised indexing; only chunks cost host time each. The base's rows of
+    contrasted sequences hold the same tokens on pages of their own; ``last`` ends with those that go with the draws
+    ``contrast_at`` i64.
     """
-    size = rows.page_size
+    size, decodes = rows.page_size, plan.decode_set
     chunks = [(c, c.sequence.row) for c in plan.chunks]
     chunks += [(c, c.sequence.twin_row) for c in plan.chunks if c.sequence.twin_row >= 0]
-    decodes, at, decode_tables = plan.decode_rows, plan.decode_at, plan.decode_rows
-    if len(plan.twins):
-        decodes, at = np.append(decodes, decodes[plan.twins]), np.append(at, at[plan.twins])
-        decode_tables = np.append(plan.decode_rows, rows.twin[plan.decode_rows[plan.twins]])
-    num_decodes, num_chunks = len(decodes), len(chunks)
+    num_alone, num_decodes, num_chunks = len(decodes.rows), len(decodes.table_rows), len(chunks)
     num_tokens = plan.num_tokens
     token_ids = np.empty(num_tokens, np.int64)
     positions = np.empty(num_tokens, np.int64)
     slots = np.empty(num_tokens, np.int64)
     starts = np.empty(num_decodes + num_chunks + 1, np.int32)
     contexts = np.empty(num_decodes + num_chunks, np.int32)
-    batch_rows = np.empty(num_decodes + num_chunks, np.int64)
+    table_rows = np.empty(num_decodes + num_chunks, np.int64)
 
-    token_ids[:num_decodes] = rows.tokens[decodes, at]
-    positions[:num_decodes] = at
-    slots[:num_decodes] = rows.page_table[decode_tables, at // size].astype(np.int64) * size + at % size
+    if num_decodes:
+        step = decode_step(plan, rows)
+        token_ids[:num_decodes], positions[:num_decodes] = step["token_ids"], step["positions"]
+        slots[:num_decodes], contexts[:num_decodes] = step["slots"], step["context_lens"]
     starts[: num_decodes + 1] = np.arange(num_decodes + 1)
-    contexts[:num_decodes] = at + 1
-    batch_rows[:num_decodes] = decode_tables
+    table_rows[:num_decodes] = decodes.table_rows
 
     end = num_decodes
-    last, twin_last = [np.arange(len(plan.decodes))], [np.arange(len(plan.decodes), num_decodes)]
-    contrast_at, num_drawn = [plan.twins], len(plan.decodes)
+    last, twin_last = [np.arange(num_alone)], [np.arange(num_alone, num_decodes)]
+    contrast_at, num_drawn = [decodes.twins], num_alone
     for b, (chunk, table_row) in enumerate(chunks, start=num_decodes):
         row, start, stop = chunk.sequence.row, chunk.start, chunk.stop
         begin, end = end, end + stop - start
@@ -127,7 +164,7 @@ def build_step(plan: StepPlan, rows: Rows, device: torch.device | str) -> tuple[
         slots[begin:end] = rows.page_table[table_row, where // size].astype(np.int64) * size + where % size
         starts[b + 1] = end
         contexts[b] = stop
-        batch_rows[b] = table_row
+        table_rows[b] = table_row
         if not chunk.num_draws:
             continue
         drawing = np.arange(end - chunk.num_draws, end)
@@ -140,38 +177,23 @@ def build_step(plan: StepPlan, rows: Rows, device: torch.device | str) -> tuple[
         num_drawn += chunk.num_draws
 
     max_context_len = int(contexts.max())
-    sampled = plan.sampled_rows
     arrays = {
+        **prefix_arrays(decodes, size),
+        **plan.settings.arrays,
         "token_ids": token_ids,
         "positions": positions,
         "slots": slots,
         "last": np.concatenate(last + twin_last),
-        "decode_rows": decodes,
-        "sampled_rows": sampled,
-        "wants_logprobs": np.flatnonzero(rows.num_logprobs[sampled] >= 0),
-        "keys": rows.stream_key[sampled],
-        "steps": plan.sampled_at - rows.num_prompt[sampled],
+        "decode_rows": decodes.token_rows,
+        "sampled_rows": plan.sampled_rows,
+        "steps": plan.sampled_at - plan.settings.num_prompt,
         "query_starts": starts,
         "context_lens": contexts,
-        "page_table": rows.page_table[batch_rows, : -(-max_context_len // size)],
-        "adapter_index": rows.adapter_id[batch_rows],
-        "temperature": rows.temperature[sampled],
-        "top_k": rows.top_k[sampled],
-        "top_p": rows.top_p[sampled],
-        "min_p": rows.min_p[sampled],
-        "repetition_penalty": rows.repetition_penalty[sampled],
+        "page_table": rows.page_table[table_rows, : -(-max_context_len // size)],
+        "adapter_index": rows.adapter_id[table_rows],
     }
     if plan.has_twins:
-        arrays["contrast_at"] = np.concatenate(contrast_at)
-        arrays["contrast"] = rows.contrast[sampled[arrays["contrast_at"]]]
-        arrays["contrast_floor"] = rows.contrast_floor[sampled[arrays["contrast_at"]]]
-    max_prefix_len = 0
-    if plan.prefixes is not None:
-        alone = np.arange(len(plan.decodes) + 1, num_decodes + 1, dtype=np.int32)  # each a group of its own
-        arrays["prefix_groups"] = np.append(plan.prefixes.starts, alone)
-        lens = np.append(plan.prefixes.lens, np.zeros(len(alone), np.int32))
-        arrays["prefix_lens"] = lens * np.int32(size)
-        max_prefix_len = int(plan.prefixes.num_pages.max()) * size
+        arrays |= contrast_arrays(plan, rows, np.concatenate(contrast_at))
     has_adapters = bool((arrays["adapter_index"] >= 0).any())
     tensors = upload(arrays, device)
     batch = Batch(
@@ -187,9 +209,20 @@ def build_step(plan: StepPlan, rows: Rows, device: torch.device | str) -> tuple[
         adapter_index=tensors.pop("adapter_index") if has_adapters else None,
         prefix_groups=tensors.pop("prefix_groups", None),
         prefix_lens=tensors.pop("prefix_lens", None),
-        max_prefix_len=max_prefix_len,
+        max_prefix_len=0 if plan.prefixes is None else plan.prefixes.longest * size,
     )
     return batch, tensors
+
+
+def pack_draws(token_ids: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
+    """Token ids i64 [N] and log-probabilities f32 [N] in one tensor i32 [3N], to be copied at once."""
+    return torch.cat((token_ids.view(torch.int32), logprobs.view(torch.int32)))
+
+
+def unpack_draws(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views of what `pack_draws` packed."""
+    ids, logprobs = packed.split((packed.shape[0] // 3 * 2, packed.shape[0] // 3))
+    return ids.view(torch.int64), logprobs.view(torch.float32)
 
 
 _TORCH_DTYPES = {
@@ -200,33 +233,50 @@ _TORCH_DTYPES = {
 _ALIGNMENT_BYTES = 16
 
 
+class Layout:
+    """Where arrays of these dtypes (i64, i32, f32 or bool) and shapes lie in one buffer of bytes, each aligned."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
+        by_dtype: dict[np.dtype, list[str]] = {}
+        for name, array in arrays.items():
+            by_dtype.setdefault(array.dtype, []).append(name)
+        self._shapes = {name: array.shape for name, array in arrays.items()}
+        self._parts: list[tuple[np.dtype, list[str], list[int], slice]] = []
+        self.num_bytes = 0
+        for dtype, names in by_dtype.items():
+            unit = _ALIGNMENT_BYTES // dtype.itemsize
+            sizes = [size for name in names for size in (arrays[name].size, -arrays[name].size % unit)]  # and padding
+            begin, self.num_bytes = self.num_bytes, self.num_bytes + sum(sizes) * dtype.itemsize
+            self._parts.append((dtype, names, sizes, slice(begin, self.num_bytes)))
+
+    def arrays(self, buffer: np.ndarray) -> dict[str, np.ndarray]:
+        """Views of a buffer u8 on the host, by name."""
+        views = {}
+        for dtype, names, sizes, place in self._parts:
+            part, at = buffer[place].view(dtype), 0
+            for name, size, padding in zip(names, sizes[::2], sizes[1::2], strict=True):
+                views[name] = part[at : at + size].reshape(self._shapes[name])
+                at += size + padding
+        return views
+
+    def tensors(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Views of a buffer u8 on any device, by name."""
+        views = {}
+        for dtype, names, sizes, place in self._parts:
+            pieces = buffer[place].view(_TORCH_DTYPES[dtype]).split(sizes)[::2]
+            for name, piece in zip(names, pieces, strict=True):
+                shape = self._shapes[name]
+                views[name] = piece if len(shape) == 1 else piece.view(shape)
+        return views
+
+
 def upload(arrays: Mapping[str, np.ndarray], device: torch.device | str) -> dict[str, torch.Tensor]:
     """Moves all arrays (i64, i32, f32 or bool) in one copy; the tensors returned are aligned views of one buffer.
 
     The arrays are read before the function returns, so the caller may reuse them.
     """
-    by_dtype: dict[np.dtype, list[str]] = {}
-    for name, array in arrays.items():
-        by_dtype.setdefault(array.dtype, []).append(name)
-    parts, total = [], 0
-    for dtype, names in by_dtype.items():
-        unit = _ALIGNMENT_BYTES // dtype.itemsize
-        sizes = [size for name in names for size in (arrays[name].size, -arrays[name].size % unit)]  # each with padding
-        num_bytes = sum(sizes) * dtype.itemsize
-        parts.append((dtype, names, sizes, slice(total, total + num_bytes)))
-        total += num_bytes
-    device = torch.device(device)
-    staging = torch.empty(total, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    host = staging.numpy()
-    for dtype, names, sizes, place in parts:
-        view, at = host[place].view(dtype), 0
-        for name, size, padding in zip(names, sizes[::2], sizes[1::2], strict=True):
-            view[at : at + size] = arrays[name].reshape(-1)
-            at += size + padding
-    buffer = staging.to(device, non_blocking=True) if device.type != "cpu" else staging
-    tensors = {}
-    for dtype, names, sizes, place in parts:
-        pieces = buffer[place].view(_TORCH_DTYPES[dtype]).split(sizes)[::2]
-        for name, piece in zip(names, pieces, strict=True):
-            tensors[name] = piece if arrays[name].ndim == 1 else piece.view(arrays[name].shape)
-    return tensors
+    layout, device = Layout(arrays), torch.device(device)
+    staging = torch.empty(layout.num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for name, view in layout.arrays(staging.numpy()).items():
+        view[...] = arrays[name]
+    return layout.tensors(staging.to(device, non_blocking=True) if device.type != "cpu" else staging)

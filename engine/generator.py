@@ -287,7 +287,8 @@ class Generator:
             encoded = list(self.tokenizer.encode_batch([str(p) for p in prompts]))
         else:
             encoded = [self.encode(p) for p in prompts]
-        return [Request(*parts) for parts in zip(encoded, each_params, each_adapter, ids, strict=True)]
+        arrays = [np.asarray(prompt) for prompt in encoded]  # each is looked through several times
+        return [Request(*parts) for parts in zip(arrays, each_params, each_adapter, ids, strict=True)]
 
     def _problem(self, request: Request) -> str | None:
         """Why a request cannot be served, in one line; None when it can."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,7 +23,12 @@ class PrefixGroups:
     starts: np.ndarray  # i32[G+1], from 0 to the number of decodes
     num_pages: np.ndarray  # i32[G]
 
-    @property
+    @cached_property
+    def longest(self) -> int:
+        """Pages of the longest prefix."""
+        return int(self.num_pages.max())
+
+    @cached_property
     def num_spared(self) -> int:
         """Pages that are not read once more."""
         return int(((np.diff(self.starts) - 1) * self.num_pages).sum())

@@ -66,6 +66,35 @@ class Chunk:
         return self.num_draws > 1
 
 
+@dataclass(frozen=True, eq=False)
+class DrawSettings:
+    """How tokens of some rows are drawn, one entry a draw. It holds for as long as the rows have the same sequences."""
+
+    rows: np.ndarray  # i64
+    num_prompt: np.ndarray  # i64
+    arrays: dict[str, np.ndarray]  # what `kernels.sampling.sample` takes, but for steps and the tokens seen
+    penalised: bool  # whether any repetition is
+    wanted: dict[int, int]  # draws that report alternatives → how many
+
+
+@dataclass(frozen=True, eq=False)
+class DecodeSet:
+    """Sequences that decode together, in batch order, and all about them that one token more leaves as it is."""
+
+    sequences: list[Sequence]
+    rows: np.ndarray  # i64
+    serials: np.ndarray  # i64
+    max_tokens: np.ndarray  # i64
+    twins: np.ndarray  # i64, which of them run on the base, too
+    table_rows: np.ndarray  # i64, of the page table: their own, then those of the base
+    token_rows: np.ndarray  # i64, whose tokens are run: their own, then those of the twins once more
+    adapter_ids: np.ndarray  # i32, as table_rows
+    adapters: frozenset[int]
+    prefixes: PrefixGroups | None
+    settings: DrawSettings
+    name: object = field(default_factory=object)  # tells one set from another without holding it
+
+
 @dataclass(frozen=True)
 class StepPlan:
     """One step: the decodes' rows in order, then the chunks.
@@ -75,25 +104,36 @@ class StepPlan:
     decodes follow the decodes, its chunks the chunks.
     """
 
-    decodes: list[Sequence]
-    decode_rows: np.ndarray  # i64
+    decode_set: DecodeSet
     decode_at: np.ndarray  # i64, the place of the token that is run
     chunks: list[Chunk]
     sampled: list[Sequence]
-    sampled_rows: np.ndarray  # i64
     sampled_at: np.ndarray  # i64
     serials: np.ndarray  # i64
-    twins: np.ndarray  # i64, which of the decodes run on the base, too
-    prefixes: PrefixGroups | None = None  # of the decodes
+    settings: DrawSettings  # of the sampled
+
+    @property
+    def decodes(self) -> list[Sequence]:
+        return self.decode_set.sequences
+
+    @property
+    def sampled_rows(self) -> np.ndarray:
+        """i64"""
+        return self.settings.rows
+
+    @property
+    def prefixes(self) -> PrefixGroups | None:
+        """Of the decodes."""
+        return self.decode_set.prefixes
 
     @property
     def num_tokens(self) -> int:
         chunked = sum((c.stop - c.start) * c.sequence.num_rows for c in self.chunks)
-        return len(self.decodes) + len(self.twins) + chunked
+        return len(self.decode_set.table_rows) + chunked
 
     @property
     def has_twins(self) -> bool:
-        return len(self.twins) > 0 or any(c.sequence.num_rows > 1 for c in self.chunks)
+        return len(self.decode_set.twins) > 0 or any(c.sequence.num_rows > 1 for c in self.chunks)
 
 
 class Rows:
@@ -104,7 +144,7 @@ class Rows:
     """
 
     def __init__(self, num_rows: int, max_context: int, page_size: int) -> None:
-        self.page_size = page_size
+        self.page_size, self.nobody = page_size, num_rows  # the latter is one past the last row
         self.tokens = np.zeros((num_rows, max_context + 1), np.int32)
         self.page_table = np.zeros((num_rows, -(-max_context // page_size)), np.int32)
         self.serial = np.full(num_rows, -1, np.int64)  # counts admissions; -1: nobody
@@ -126,3 +166,41 @@ class Rows:
         self.twin = np.full(num_rows, -1, np.int64)  # the row of the base beside it
         self.num_logprobs = np.full(num_rows, -1, np.int32)
         self.adapter_id = np.full(num_rows, -1, np.int32)
+
+    def draw_settings(self, rows: np.ndarray) -> DrawSettings:
+        """Of these rows i64."""
+        counts = self.num_logprobs[rows]
+        penalty = self.repetition_penalty[rows]
+        return DrawSettings(
+            rows=rows,
+            num_prompt=self.num_prompt[rows],
+            arrays={
+                "keys": self.stream_key[rows],
+                "temperature": self.temperature[rows],
+                "top_k": self.top_k[rows],
+                "top_p": self.top_p[rows],
+                "min_p": self.min_p[rows],
+                "repetition_penalty": penalty,
+            },
+            penalised=bool((penalty != 1.0).any()),
+            wanted={i: int(counts[i]) for i in np.flatnonzero(counts >= 0).tolist()},
+        )
+
+    def decode_set(self, sequences: list[Sequence], rows: np.ndarray, prefixes: PrefixGroups | None) -> DecodeSet:
+        """Of the sequences in these rows i64."""
+        twins = np.flatnonzero(self.twin[rows] >= 0)
+        table_rows = np.concatenate((rows, self.twin[rows[twins]]))
+        adapter_ids = self.adapter_id[table_rows]
+        return DecodeSet(
+            sequences=sequences,
+            rows=rows,
+            serials=self.serial[rows],
+            max_tokens=self.max_tokens[rows],
+            twins=twins,
+            table_rows=table_rows,
+            token_rows=np.concatenate((rows, rows[twins])),
+            adapter_ids=adapter_ids,
+            adapters=frozenset(adapter_ids.tolist()),
+            prefixes=prefixes,
+            settings=self.draw_settings(rows),
+        )

@@ -14,10 +14,10 @@ import torch
 
 from ..kernels.sampling import contrast, sample
 from .adapter import AdapterPool
-from .batch import Batch, build_step, upload
+from .batch import DRAW_SETTINGS, Batch, build_step, contrast_arrays, pack_draws, unpack_draws, upload
 from .cache import KVCache
-from .decode_graph import DecodeGraphs
-from .model import Model
+from .decode_graph import DecodeGraph, DecodeGraphs
+from .model import LayerAdapters, Model
 from .rows import UNKNOWN, Rows, StepPlan
 from .spans import Span
 
@@ -56,40 +56,70 @@ class Runner:
         self, model: Model, cache: KVCache, pool: AdapterPool, graphs: DecodeGraphs, num_rows: int, span: Span
     ) -> None:
         self._model, self._cache, self._pool, self._graphs, self._span = model, cache, pool, graphs, span
-        self._newest = torch.zeros(num_rows, dtype=torch.int64, device=model.device)
+        # One entry more for what decode graphs draw for nobody.
+        self._newest = torch.zeros(num_rows + 1, dtype=torch.int64, device=model.device)
         self._seen: torch.Tensor | None = None
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan, rows: Rows) -> Draws:
         """Starts a step. The steps before it must have been started by this runner, in order."""
+        adapters = self._adapters(plan)
+        graph = None if plan.chunks else self._graph(plan, rows, adapters)
+        if graph is not None:
+            return self._replay(graph, plan, rows)
         with self._span("build"):
             batch, settings = build_step(plan, rows, self._model.device)
-            self._fill_newest(plan, rows, batch, settings["decode_rows"])
+            # Tokens that the host does not know yet, the step before having drawn those of all decodes.
+            if UNKNOWN in rows.tokens[plan.decode_set.rows, plan.decode_at]:
+                ids = batch.token_ids[: batch.num_decodes]
+                torch.index_select(self._newest, 0, settings["decode_rows"], out=ids)
         with self._span("forward"):
-            logits = self._logits(plan, batch, settings["last"])
+            logits = self._logits(plan, batch, adapters, settings["last"])
         if logits is None:
             return Draws(torch.empty(0, dtype=torch.int64), torch.empty(0))
         with self._span("sample"):
             return self._draw(plan, rows, logits, settings)
 
-    def _fill_newest(self, plan: StepPlan, rows: Rows, batch: Batch, decode_rows: torch.Tensor) -> None:
-        """Tokens that the host does not know yet, the step before having drawn them."""
-        if (rows.tokens[plan.decode_rows, plan.decode_at] == UNKNOWN).any():
-            ids = batch.token_ids[: batch.num_decodes]
-            ids.copy_(torch.where(ids == UNKNOWN, self._newest[decode_rows], ids))
+    def _adapters(self, plan: StepPlan) -> LayerAdapters | None:
+        used = set(plan.decode_set.adapters)
+        for chunk in plan.chunks:
+            used.add(chunk.sequence.adapter_id)
+            if chunk.sequence.num_rows > 1:
+                used.add(-1)
+        return self._pool.select(list(used))
 
-    def _logits(self, plan: StepPlan, batch: Batch, last: torch.Tensor) -> torch.Tensor | None:
+    def _graph(self, plan: StepPlan, rows: Rows, adapters: LayerAdapters | None) -> DecodeGraph | None:
+        decodes = plan.decode_set
+        longest = 0 if decodes.prefixes is None else decodes.prefixes.longest * rows.page_size
+        draws = not (plan.settings.penalised or len(decodes.twins))
+        return self._graphs.find(len(decodes.table_rows), int(plan.decode_at.max()) + 1, longest, adapters, draws=draws)
+
+    def _replay(self, graph: DecodeGraph, plan: StepPlan, rows: Rows) -> Draws:
+        """A step of decodes alone."""
+        num_draws, inputs = len(plan.sampled), graph.inputs
+        with self._span("build"):
+            if UNKNOWN in graph.fill(plan, rows):
+                torch.index_select(self._newest, 0, inputs["rows"], out=inputs["token_ids"])
+        with self._span("forward"):
+            logits, *draws = graph.replay()
+        with self._span("sample"):
+            if draws:
+                token_ids, packed = draws
+                self._newest.index_copy_(0, inputs["rows"], token_ids)
+                return self._to_host(packed, logits, plan)
+            settings = {name: inputs[name][:num_draws] for name in (*DRAW_SETTINGS, "repetition_penalty")}
+            settings["sampled_rows"] = inputs["rows"][:num_draws]
+            if plan.has_twins:
+                settings |= upload(contrast_arrays(plan, rows, plan.decode_set.twins), self._model.device)
+            return self._draw(plan, rows, logits[: len(plan.decode_set.table_rows)], settings)
+
+    def _logits(
+        self, plan: StepPlan, batch: Batch, adapters: LayerAdapters | None, last: torch.Tensor
+    ) -> torch.Tensor | None:
         """[N, V] for the rows ``last``, draws first; None where there are none."""
-        adapters = None
-        if batch.adapter_index is not None:
-            used = [s.adapter_id for s in plan.decodes] + [c.sequence.adapter_id for c in plan.chunks]
-            adapters = self._pool.select([*used, -1] if plan.has_twins else used)
         num_draws = len(last)  # with those of the base beside contrasted ones
         # The base's decodes lie before the chunks, and their logits after those of all draws.
         every = num_draws == batch.num_tokens and not (plan.has_twins and plan.chunks)
-        logits = self._graphs.logits(batch, adapters) if every else None
-        if logits is not None:
-            return logits
         # The last layer's work on rows that draw nothing is spared, unless adapters ask whose row is which.
         rows = None if every or not num_draws or adapters is self._pool else last
         hidden = self._model.forward(batch, self._cache, adapters, rows=rows)
@@ -102,40 +132,31 @@ class Runner:
             num_draws = len(plan.sampled)
             logits, base, at = logits[:num_draws].float(), logits[num_draws:], settings["contrast_at"]
             logits[at] = contrast(logits[at], base, settings["contrast"], settings["contrast_floor"])
-        penalised = bool((rows.repetition_penalty[plan.sampled_rows] != 1.0).any())
+        penalised = plan.settings.penalised
         ids, logprobs = sample(
             logits,
-            keys=settings["keys"],
-            steps=settings["steps"],
-            temperature=settings["temperature"],
-            top_k=settings["top_k"],
-            top_p=settings["top_p"],
-            min_p=settings["min_p"],
+            **{name: settings[name] for name in DRAW_SETTINGS},
             repetition_penalty=settings["repetition_penalty"] if penalised else None,
             seen=self._seen_tokens(plan, rows, settings["sampled_rows"]) if penalised else None,
             backend=self._model.backend,
         )
-        self._newest[settings["sampled_rows"]] = ids
+        self._newest.index_copy_(0, settings["sampled_rows"], ids)
         if self._seen is not None:
             self._seen[settings["sampled_rows"], ids] = True
-        return self._to_host(ids, logprobs, logits, rows.num_logprobs[plan.sampled_rows], settings["wants_logprobs"])
+        return self._to_host(pack_draws(ids, logprobs), logits, plan)
 
-    def _to_host(
-        self,
-        ids: torch.Tensor,
-        logprobs: torch.Tensor,
-        logits: torch.Tensor,
-        num_logprobs: np.ndarray,
-        at: torch.Tensor,
-    ) -> Draws:
+    def _to_host(self, packed: torch.Tensor, logits: torch.Tensor, plan: StepPlan) -> Draws:
         top_ids = top_logprobs = None
-        wanted = {i: int(num_logprobs[i]) for i in np.flatnonzero(num_logprobs >= 0).tolist()}
+        wanted = plan.settings.wanted
         if wanted:
             most = min(max(wanted.values()), logits.shape[1])
+            at = upload({"at": np.fromiter(wanted, np.int64, len(wanted))}, logits.device)["at"]
             top = logits[at].float().log_softmax(-1).topk(most, dim=-1)
             top_ids, top_logprobs = _start_copy(top.indices), _start_copy(top.values)
-        draws = Draws(_start_copy(ids), _start_copy(logprobs), top_ids, top_logprobs, wanted)
-        if ids.is_cuda:
+        token_ids, logprobs = unpack_draws(_start_copy(packed))
+        count = len(plan.sampled)
+        draws = Draws(token_ids[:count], logprobs[:count], top_ids, top_logprobs, wanted)
+        if packed.is_cuda:
             draws.arrived = torch.cuda.Event()
             draws.arrived.record()
         return draws
@@ -165,8 +186,6 @@ class Runner:
 
 
 def _start_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """To the host, without waiting where the tensor is not there already."""
-    if not tensor.is_cuda:
-        return tensor
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    """To the host, without waiting for a device."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     return host.copy_(tensor, non_blocking=True)

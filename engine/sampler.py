@@ -8,9 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from specialize.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MAX_LOGPROBS = 100
 _MASK = (1 << 64) - 1
@@ -81,7 +84,7 @@ def _require(ok: bool, name: str, value: Any, allowed: str) -> None:
 class Request:
     """One prompt to continue. ``request_id`` names it in the results and, with the seed, fixes its random stream."""
 
-    prompt_ids: Sequence[int]
+    prompt_ids: Sequence[int] | np.ndarray
     params: SamplingParams
     adapter: str | None = None
     request_id: int = 0

@@ -19,8 +19,8 @@ import numpy as np
 from specialize.errors import InputError
 
 from .pages import PageAllocator, page_key
-from .prefixes import MIN_PREFIX_TOKENS, PrefixGroups, group_by_prefix
-from .rows import UNKNOWN, Chunk, Rows, Sequence, StepPlan
+from .prefixes import MIN_PREFIX_TOKENS, group_by_prefix
+from .rows import UNKNOWN, Chunk, DecodeSet, Rows, Sequence, StepPlan
 from .speculate import PromptLookup, make_drafter
 
 KV_DTYPE_CHOICES = ("auto", "fp32", "bf16", "fp16", "int8", "fp8")
@@ -102,8 +102,7 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # by admission
         self._decodes: list[Sequence] = []
-        self._decode_rows = np.empty(0, np.int64)
-        self._prefixes: PrefixGroups | None = None
+        self._decode_set = self.rows.decode_set([], np.empty(0, np.int64), None)
         self._prefills: list[Sequence] = []
         self._dirty = False
 
@@ -126,10 +125,10 @@ class Scheduler:
     def must_commit(self) -> bool:
         """Whether `schedule` has to wait for tokens in flight: pages are short, and only a sequence whose tokens are
         all known can be preempted."""
-        if not self._num_in_flight:
+        if not self._num_in_flight or self.allocator.num_available >= len(self.rows.num_tokens):
             return False
         self._drop_spent()
-        lacking = self._decode_rows[self._lacks_page()]
+        lacking = self._decode_set.rows[self._lacks_page()]
         return len(lacking) + int((self.rows.twin[lacking] >= 0).sum()) > self.allocator.num_available
 
     def schedule(self) -> StepPlan | None:
@@ -140,7 +139,7 @@ class Scheduler:
         self._drop_spent()
         preempted = self._give_decodes_pages()
         self._collect_decode_rows()
-        budget = self.max_batch_tokens - sum(s.num_rows for s in self._decodes)
+        budget = self.max_batch_tokens - len(self._decode_set.table_rows)
         chunks: list[Chunk] = []
         if self._drafter is not None:
             budget -= self._take_drafts(self._drafter, budget, chunks)
@@ -176,7 +175,8 @@ class Scheduler:
             ids, at, token_ids = ids[kept], at[kept], token_ids[kept]
         rows.tokens[ids, at] = token_ids
         rows.num_known[ids] = at + 1  # of several draws for a row, the last one counts
-        rows.num_tokens[ids] = np.maximum(rows.num_tokens[ids], at + 1)
+        if self._drafter is not None:  # else the plan counted them
+            rows.num_tokens[ids] = np.maximum(rows.num_tokens[ids], at + 1)
         finished = []
         for i in np.flatnonzero(done).tolist():
             sequence = plan.sampled[i]
@@ -222,26 +222,29 @@ class Scheduler:
 
     def _plan(self, chunks: list[Chunk]) -> StepPlan:
         """Puts decodes and chunks together and counts the tokens that they will bring."""
-        rows, decodes, decode_rows, prefixes = self.rows, self._decodes, self._decode_rows, self._prefixes
+        rows, decode_set = self.rows, self._decode_set
         drafts = [c for c in chunks if c.is_draft]
         if drafts:
             others = {c.sequence for c in drafts}
-            decodes, decode_rows, prefixes = self._in_groups([s for s in decodes if s not in others])
+            decode_set = self._in_groups([s for s in self._decodes if s not in others])
         ending = [c.sequence for c in chunks if c.num_draws == 1]
-        sampled, num_decodes = decodes + [c.sequence for c in drafts for _ in range(c.num_draws)] + ending, len(decodes)
-        sampled_rows = decode_rows
-        if len(sampled) > num_decodes:
+        sampled, settings, num_decodes = decode_set.sequences, decode_set.settings, len(decode_set.sequences)
+        if drafts or ending:
+            sampled = sampled + [c.sequence for c in drafts for _ in range(c.num_draws)] + ending
             rest = np.fromiter((s.row for s in sampled[num_decodes:]), np.int64, len(sampled) - num_decodes)
-            sampled_rows = np.concatenate([decode_rows, rest])
-        sampled_at = rows.num_tokens[sampled_rows]
-        first = num_decodes
-        for chunk in drafts:
-            sampled_at[first : first + chunk.num_draws] += np.arange(chunk.num_draws)
-            first += chunk.num_draws
-        single = np.ones(len(sampled), bool)
-        single[num_decodes:first] = False  # how many tokens a draft brings is not known yet
-        rows.tokens[sampled_rows[single], sampled_at[single]] = UNKNOWN
-        rows.num_tokens[sampled_rows[single]] += 1
+            settings = rows.draw_settings(np.concatenate([decode_set.rows, rest]))
+        sampled_rows = single_rows = settings.rows
+        sampled_at = single_at = rows.num_tokens[sampled_rows]
+        if drafts:
+            first = num_decodes
+            for chunk in drafts:
+                sampled_at[first : first + chunk.num_draws] += np.arange(chunk.num_draws)
+                first += chunk.num_draws
+            single = np.ones(len(sampled), bool)
+            single[num_decodes:first] = False  # how many tokens a draft brings is not known yet
+            single_rows, single_at = sampled_rows[single], sampled_at[single]
+        rows.tokens[single_rows, single_at] = UNKNOWN
+        rows.num_tokens[single_rows] = single_at + 1
         for sequence in ending:
             self._prefills.remove(sequence)
         if ending:
@@ -249,16 +252,13 @@ class Scheduler:
             self._dirty = True
         self._num_in_flight += 1
         return StepPlan(
-            decodes=decodes,
-            decode_rows=decode_rows,
+            decode_set=decode_set,
             decode_at=sampled_at[:num_decodes] - 1,
             chunks=chunks,
             sampled=sampled,
-            sampled_rows=sampled_rows,
             sampled_at=sampled_at,
-            serials=rows.serial[sampled_rows],
-            twins=np.flatnonzero(rows.twin[decode_rows] >= 0),
-            prefixes=prefixes,
+            serials=decode_set.serials if settings is decode_set.settings else rows.serial[sampled_rows],
+            settings=settings,
         )
 
     def _take_drafts(self, drafter: PromptLookup, budget: int, chunks: list[Chunk]) -> int:
@@ -396,7 +396,7 @@ class Scheduler:
     def _drop_spent(self) -> None:
         """A sequence whose last token is being drawn decodes no more."""
         self._collect_decode_rows()
-        spent = self.rows.num_tokens[self._decode_rows] >= self.rows.max_tokens[self._decode_rows]
+        spent = self.rows.num_tokens[self._decode_set.rows] >= self._decode_set.max_tokens
         if spent.any():
             self._decodes = [s for s, over in zip(self._decodes, spent.tolist(), strict=True) if not over]
             self._dirty = True
@@ -404,7 +404,7 @@ class Scheduler:
 
     def _lacks_page(self) -> np.ndarray:
         """Which decodes have no page for the token that is to be run, bool."""
-        rows, ids = self.rows, self._decode_rows
+        rows, ids = self.rows, self._decode_set.rows
         return rows.num_tokens[ids] > rows.num_pages[ids] * self.allocator.page_size
 
     def _give_decodes_pages(self) -> bool:
@@ -428,8 +428,8 @@ class Scheduler:
                 self._give_pages(sequence, page)
         if self.prefix_cache:
             self._collect_decode_rows()
-            full = rows.num_known[self._decode_rows] // size
-            for i in np.flatnonzero(full > rows.num_published[self._decode_rows]).tolist():
+            full = rows.num_known[self._decode_set.rows] // size
+            for i in np.flatnonzero(full > rows.num_published[self._decode_set.rows]).tolist():
                 self._publish_decoded(self._decodes[i], int(full[i]))
         return preempted
 
@@ -449,10 +449,11 @@ class Scheduler:
         """After sequences came or went."""
         if self._dirty:
             self._dirty = False
-            self._decodes, self._decode_rows, self._prefixes = self._in_groups(self._decodes)
+            self._decode_set = self._in_groups(self._decodes)
+            self._decodes = self._decode_set.sequences.copy()
 
-    def _in_groups(self, decodes: list[Sequence]) -> tuple[list[Sequence], np.ndarray, PrefixGroups | None]:
-        """Decodes with their rows, those that begin with the same pages side by side."""
+    def _in_groups(self, decodes: list[Sequence]) -> DecodeSet:
+        """The decodes, those that begin with the same pages side by side."""
         rows, size, prefixes = self.rows, self.allocator.page_size, None
         ids = np.fromiter((s.row for s in decodes), np.int64, len(decodes))
         if self.prefix_cache and len(ids) > 1:
@@ -462,7 +463,7 @@ class Scheduler:
             if prefixes is not None:
                 decodes = [decodes[i] for i in order.tolist()]
                 ids = ids[order]
-        return decodes, ids, prefixes
+        return rows.decode_set(decodes, ids, prefixes)
 
     def _publish_decoded(self, sequence: Sequence, num_full: int) -> None:
         """Makes pages of generated tokens findable: all their tokens are known, and run by this step at the latest."""

@@ -19,10 +19,11 @@ CONFIG = ModelConfig("llama", 256, 32, 48, 2, 4, num_kv_heads=2, max_context=256
 
 class Replayed:
     def __init__(self, step) -> None:
-        self._step, self.out = step, step().clone()
+        self._step, self.out = step, tuple(out.clone() for out in step())
 
     def replay(self) -> None:
-        self.out.copy_(self._step())
+        for out, new in zip(self.out, self._step(), strict=True):
+            out.copy_(new)
 
     def pool(self) -> None:
         return None
@@ -106,3 +107,36 @@ def test_adapters_are_replayed_and_forgotten_when_they_change(model, recorded, t
     generator.load_adapter(tmp_path / "1", "a")
     truth = [c.token_ids for c in plain.generate(prompts, params, adapter="a")]
     assert [c.token_ids for c in generator.generate(prompts, params, adapter="a")] == truth
+
+
+@pytest.mark.parametrize("engine", [{"overlap": True}, {"overlap": False}, {"speculation": "prompt_lookup"}], ids=str)
+def test_whatever_a_request_asks_for_is_replayed(model, recorded, tmp_path, engine):
+    """Penalties, contrast, log-probabilities, 8-bit pages, drafts and too few pages: with graphs as without."""
+    torch.manual_seed(0)
+    parts = {
+        part.path: (torch.randn(2, a.linear.in_features), torch.randn(part.stop - part.start, 2) * 0.3)
+        for a in model.adaptable
+        for part in a.parts
+        if part.path.endswith("q_proj")
+    }
+    save_part_matrices(tmp_path / "a", parts, rank=2, alpha=4, targets=("q_proj",))
+    rng = random.Random(1)
+    prompts = [[rng.randrange(9) for _ in range(rng.randint(4, 40))] for _ in range(9)]
+    kinds = [
+        {}, {"repetition_penalty": 1.3}, {"logprobs": 2}, {"contrast": 0.5}, {"top_p": 0.9, "top_k": 20},
+        {"temperature": 0.0}, {"min_p": 0.1}, {"logprobs": 1, "repetition_penalty": 0.8}, {"n": 2},
+    ]  # fmt: skip
+    limits = {"page_size": 4, "max_sequences": 6, "max_context": 100, "num_pages": 50, "kv_dtype": "int8", **engine}
+    for chosen in (kinds[:1] + kinds[4:7], kinds):
+        params = [
+            SamplingParams(max_tokens=9 + 5 * i, **{"temperature": 0.7, **chosen[i % len(chosen)]})
+            for i in range(len(prompts))
+        ]
+        adapter = ["a" if p.contrast else None for p in params]
+        plain = Generator(model, None, EngineConfig(**limits), {"a": tmp_path / "a"})
+        truth = plain.generate(prompts, params, adapter=adapter)
+        generator = with_graphs(model, EngineConfig(**limits), {"a": tmp_path / "a"})
+        for _ in range(3):
+            assert generator.generate(prompts, params, adapter=adapter) == truth
+        assert generator.stats.preemptions > 0
+    assert len(recorded) > 6

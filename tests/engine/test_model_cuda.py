@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import llama_dict, mpt_dict, save_folder
@@ -77,12 +78,17 @@ def test_embedder_on_the_device(minilm):
 @torch.inference_mode()
 def test_recorded_decodes_equal_launched_ones(name, tmp_path):
     from specialize.engine.decode_graph import RECORD_AT_USE, DecodeGraphs
+    from specialize.engine.rows import Rows, StepPlan
 
     save_folder(tmp_path, CASES[name])
     model = Model.from_pretrained(tmp_path, dtype=torch.bfloat16, device="cuda")
     sequences = random_sequences(97, (40, 33, 47, 21, 60, 10, 29))
     plain, recorded = (Pages(model, len(sequences), 64, page_size=16) for _ in range(2))
     graphs = DecodeGraphs(model, recorded, max_context=64)
+    rows = Rows(len(sequences), 64, 16)
+    rows.page_table[:] = recorded.table.numpy()
+    for s, ids in enumerate(sequences):
+        rows.tokens[s, : len(ids)] = ids
     for pages in (plain, recorded):
         model.forward(pages.batch([(s, 0, ids[:10]) for s, ids in enumerate(sequences)]), pages)
     used = 0
@@ -92,10 +98,16 @@ def test_recorded_decodes_equal_launched_ones(name, tmp_path):
             break
         chunks = [(s, at, [sequences[s][at]]) for s in live]
         expected = model.logits(model.forward(plain.batch(chunks), plain))
-        logits = graphs.logits(recorded.batch(chunks), None)
-        if logits is None:
+        graph = graphs.find(len(live), at + 1, 0, None, draws=at % 2 == 0)
+        if graph is None:
             logits = model.logits(model.forward(recorded.batch(chunks), recorded))
         else:
+            decodes = rows.decode_set([], np.asarray(live), None)
+            place = np.full(len(live), at)
+            graph.fill(StepPlan(decodes, place, [], [], place + 1, decodes.serials, decodes.settings), rows)
+            logits, *draws = (out[: len(live)] for out in graph.replay())
+            if draws:  # the rows' temperature is 0
+                assert (logits.gather(1, draws[0][:, None])[:, 0] == logits.max(-1).values).all()
             used += 1
         assert worst_row(logits, expected.double().cpu()) < 2.0**-6
     assert used > 20 and RECORD_AT_USE == 3
