@@ -129,52 +129,38 @@ def build_step(plan: StepPlan, rows: Rows, device: torch.device | str) -> tuple[
 
     In the settings, ``last`` i64 are the flat indices of the hidden states that give a token, ``sampled_rows`` i64
     their sequences' rows, ``decode_rows`` i64 those of the decodes. Token ids of decodes are `UNKNOWN` where the step
-    before has them. Decodes are gathered by vectorised indexing; only chunks cost host time each. The base's rows of
-    contrasted sequences hold the same tokens on pages of their own; ``last`` ends with those that go with the draws
-    ``contrast_at`` i64.
+    before has them. The base's rows of contrasted sequences hold the same tokens on pages of their own; ``last`` ends
+    with those that go with the draws ``contrast_at`` i64.
     """
     size, decodes = rows.page_size, plan.decode_set
-    chunks = [(c, c.sequence.row) for c in plan.chunks]
-    chunks += [(c, c.sequence.twin_row) for c in plan.chunks if c.sequence.twin_row >= 0]
-    num_alone, num_decodes, num_chunks = len(decodes.rows), len(decodes.table_rows), len(chunks)
-    num_tokens = plan.num_tokens
-    token_ids = np.empty(num_tokens, np.int64)
-    positions = np.empty(num_tokens, np.int64)
-    slots = np.empty(num_tokens, np.int64)
-    starts = np.empty(num_decodes + num_chunks + 1, np.int32)
-    contexts = np.empty(num_decodes + num_chunks, np.int32)
-    table_rows = np.empty(num_decodes + num_chunks, np.int64)
-
+    num_alone, num_decodes = len(decodes.rows), len(decodes.table_rows)
+    # Chunks; then those of the base beside them, of the same tokens on its own pages.
+    twinned = [c for c in plan.chunks if c.sequence.twin_row >= 0]
+    chunks = [(c.sequence.row, c.sequence.row, c.start, c.stop, c.num_draws) for c in plan.chunks]
+    chunks += [(c.sequence.row, c.sequence.twin_row, c.start, c.stop, c.num_draws) for c in twinned]
+    token_rows, table_rows, begins, stops, draws = np.asarray(chunks, np.int64).reshape(-1, 5).T
+    lens = stops - begins
+    ends = num_decodes + np.cumsum(lens)
+    token_ids, positions, slots = np.empty((3, num_decodes + int(lens.sum())), np.int64)
+    where = np.arange(num_decodes, len(positions)) + np.repeat(stops - ends, lens)
+    positions[num_decodes:] = where
+    token_ids[num_decodes:] = rows.tokens[np.repeat(token_rows, lens), where]
+    page_ids = where // size
+    pages = rows.page_table[np.repeat(table_rows, lens), page_ids].astype(np.int64)
+    slots[num_decodes:] = where + (pages - page_ids) * size
+    contexts = np.empty(num_decodes + len(chunks), np.int32)
+    contexts[num_decodes:] = stops
     if num_decodes:
         step = decode_step(plan, rows)
         token_ids[:num_decodes], positions[:num_decodes] = step["token_ids"], step["positions"]
         slots[:num_decodes], contexts[:num_decodes] = step["slots"], step["context_lens"]
-    starts[: num_decodes + 1] = np.arange(num_decodes + 1)
-    table_rows[:num_decodes] = decodes.table_rows
+    starts = np.concatenate((np.arange(num_decodes + 1), ends)).astype(np.int32)
+    table_rows = np.concatenate((decodes.table_rows, table_rows))
 
-    end = num_decodes
-    last, twin_last = [np.arange(num_alone)], [np.arange(num_alone, num_decodes)]
-    contrast_at, num_drawn = [decodes.twins], num_alone
-    for b, (chunk, table_row) in enumerate(chunks, start=num_decodes):
-        row, start, stop = chunk.sequence.row, chunk.start, chunk.stop
-        begin, end = end, end + stop - start
-        where = np.arange(start, stop)
-        token_ids[begin:end] = rows.tokens[row, start:stop]
-        positions[begin:end] = where
-        slots[begin:end] = rows.page_table[table_row, where // size].astype(np.int64) * size + where % size
-        starts[b + 1] = end
-        contexts[b] = stop
-        table_rows[b] = table_row
-        if not chunk.num_draws:
-            continue
-        drawing = np.arange(end - chunk.num_draws, end)
-        if table_row != row:
-            twin_last.append(drawing)
-            continue
-        last.append(drawing)
-        if chunk.sequence.twin_row >= 0:
-            contrast_at.append(np.arange(num_drawn, num_drawn + chunk.num_draws))
-        num_drawn += chunk.num_draws
+    num_chunk_draws = np.cumsum(draws)
+    drawing = np.repeat(ends - num_chunk_draws, draws) + np.arange(draws.sum())
+    num_own = int(draws[: len(plan.chunks)].sum())
+    last = (np.arange(num_alone), drawing[:num_own], np.arange(num_alone, num_decodes), drawing[num_own:])
 
     max_context_len = int(contexts.max())
     arrays = {
@@ -183,7 +169,7 @@ def build_step(plan: StepPlan, rows: Rows, device: torch.device | str) -> tuple[
         "token_ids": token_ids,
         "positions": positions,
         "slots": slots,
-        "last": np.concatenate(last + twin_last),
+        "last": np.concatenate(last),
         "decode_rows": decodes.token_rows,
         "sampled_rows": plan.sampled_rows,
         "steps": plan.sampled_at - plan.settings.num_prompt,
@@ -193,7 +179,9 @@ def build_step(plan: StepPlan, rows: Rows, device: torch.device | str) -> tuple[
         "adapter_index": rows.adapter_id[table_rows],
     }
     if plan.has_twins:
-        arrays |= contrast_arrays(plan, rows, np.concatenate(contrast_at))
+        beside = np.repeat([c.sequence.twin_row >= 0 for c in plan.chunks], draws[: len(plan.chunks)])
+        contrast_at = np.concatenate((decodes.twins, num_alone + np.flatnonzero(beside)))
+        arrays |= contrast_arrays(plan, rows, contrast_at)
     has_adapters = bool((arrays["adapter_index"] >= 0).any())
     tensors = upload(arrays, device)
     batch = Batch(
@@ -201,7 +189,7 @@ def build_step(plan: StepPlan, rows: Rows, device: torch.device | str) -> tuple[
         positions=tensors.pop("positions"),
         query_starts=tensors.pop("query_starts"),
         context_lens=tensors.pop("context_lens"),
-        max_query_len=max([c.stop - c.start for c, _ in chunks], default=1),
+        max_query_len=int(lens.max(initial=1)),
         max_context_len=max_context_len,
         num_decodes=num_decodes,
         slots=tensors.pop("slots"),

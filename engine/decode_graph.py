@@ -2,8 +2,9 @@
 
 A model of 30 layers takes some 300 launches a step, which cost the host more time than the device needs for the work.
 A graph is recorded per bucket (sequences, longest context, longest shared prefix, each rounded up) and choice of
-adapters, ahead of use or when a bucket comes up again; rows beyond the batch write nowhere (slot -1) and attend to one
-token. It draws the tokens, too, unless that needs more than a row's settings. All that it reads comes in one copy.
+adapters, ahead of use or when a bucket comes up again; until then a larger one serves. Rows beyond the batch write
+nowhere (slot -1) and attend to one token. It draws the tokens, too, unless that needs more than a row's settings. All
+that it reads comes in one copy.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from .model import LayerAdapters, Model
 from .rows import DecodeSet, Rows, StepPlan
 
 RECORD_AT_USE = 3  # a bucket seen less often is not worth recording
+RECORD_BESIDE_AT_USE = 32  # where a larger one serves, which takes a little more of the device's time,
+MAX_TIMES_LARGER = 4  # or much more, where many rows more bring other products than few
 MIN_CONTEXT = 1024
 MAX_GRAPHS = 64
 _Key = tuple[int, int, int, LayerAdapters | None, bool]  # sequences, context, shared prefix, adapters, draws
@@ -215,11 +218,16 @@ class DecodeGraphs:
         key = (bucket_size(num_sequences), context, prefix, adapters, draws)
         graph = self._graphs.get(key)
         if graph is None:
+            graph = self._larger(key)
             self._uses[key] = self._uses.get(key, 0) + 1
-            if self._uses[key] < RECORD_AT_USE:
-                return None
-            graph = self._record(key)
-        return graph
+            if self._uses[key] >= (RECORD_AT_USE if graph is None else RECORD_BESIDE_AT_USE):
+                graph = self._record(key) or graph
+        return None if self._off else graph
+
+    def _larger(self, key: _Key) -> DecodeGraph | None:
+        """The smallest recorded one that holds what ``key`` asks for."""
+        found = [other for other in self._graphs if _serves(other, key)]
+        return self._graphs[min(found, key=lambda other: other[:3])] if found else None
 
     @torch.inference_mode()
     def record(self, num_sequences: int, max_context: int | None = None) -> None:
@@ -258,6 +266,17 @@ class DecodeGraphs:
         finally:
             self.seconds += time.perf_counter() - began
         return self._graphs[key]
+
+
+def _serves(other: _Key, key: _Key) -> bool:
+    """Whether a graph of the one bucket does for the other."""
+    return (
+        key[0] <= other[0] <= MAX_TIMES_LARGER * key[0]
+        and key[1] <= other[1]
+        and key[2] <= other[2]
+        and bool(key[2]) == bool(other[2])  # a graph either reads prefix groups or does not
+        and key[3:] == other[3:]
+    )
 
 
 def bucket_size(count: int) -> int:

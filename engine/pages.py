@@ -52,15 +52,15 @@ class PageAllocator:
         """``count`` pages of unknown contents with one holder each; None, and no change, if too few are left."""
         if count > self.num_available:
             return None
-        pages = []
-        for _ in range(count):
-            if self._free:
-                page = self._free.pop()
-            else:
-                page, _ = self._idle.popitem(last=False)
-                self._forget(page)
-            self._holders[page] = 1
+        num_kept = max(len(self._free) - count, 0)
+        pages = self._free[num_kept:][::-1]
+        del self._free[num_kept:]
+        while len(pages) < count:
+            page, _ = self._idle.popitem(last=False)
+            self._forget(page)
             pages.append(page)
+        for page in pages:
+            self._holders[page] = 1
         return pages
 
     def publish(self, page: int, key: bytes) -> None:

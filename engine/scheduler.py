@@ -479,8 +479,9 @@ class Scheduler:
             chains.append((sequence.twin_keys, b""))
         for keys, salt in chains:
             previous = keys[-1] if keys else salt
-            for page_id in range(len(keys), count):
-                previous = page_key(previous, tokens[page_id * size : (page_id + 1) * size].tobytes())
+            new = tokens[len(keys) * size : count * size].tobytes()
+            for start in range(0, len(new), size * tokens.itemsize):
+                previous = page_key(previous, new[start : start + size * tokens.itemsize])
                 keys.append(previous)
 
     def _preempt(self, sequence: Sequence) -> None:

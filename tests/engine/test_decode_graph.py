@@ -82,6 +82,21 @@ def test_warming_up_records_ahead(model, recorded):
     assert len(recorded) == 3
 
 
+def test_a_larger_graph_serves_until_a_bucket_has_come_up_often(model, recorded):
+    prompts = prompts_of(1, 3, 0)
+    params = [SamplingParams(max_tokens=8 + 8 * i, temperature=0.7, ignore_eos=True) for i in range(len(prompts))]
+    truth = Generator(model, None, EngineConfig(page_size=4)).generate(prompts, params)
+    generator = with_graphs(model, EngineConfig(page_size=4, max_sequences=6, overlap=True))
+    generator.warm_up()
+    ahead = len(recorded)
+    assert generator.generate(prompts, params) == truth
+    assert len(recorded) == ahead + 1  # a single sequence would fill but a small part of one
+    ahead += 1
+    for _ in range(decode_graph.RECORD_BESIDE_AT_USE // 7):
+        assert generator.generate(prompts, params) == truth
+    assert len(recorded) == ahead + 2  # for 3 and 2 sequences
+
+
 def test_adapters_are_replayed_and_forgotten_when_they_change(model, recorded, tmp_path):
     for number in range(2):
         torch.manual_seed(number)
