@@ -116,6 +116,8 @@ class Generator:
         self._graphs = DecodeGraphs(model, self.cache, self.max_context)
         self.stats = Stats()
         self._warm = False
+        # Where decodes replay a graph, the kernels of a step with prompts cost the host the more.
+        self._group_share = 1 / 16 if on_gpu else 0.0
         self._overlap = on_gpu and config.speculation == "off" if config.overlap is None else config.overlap
         self._pool = AdapterPool(model)
         self._adapters: dict[str, tuple[int, bytes]] = {}  # name → slot, fingerprint
@@ -362,6 +364,7 @@ class Generator:
             end_ids=self._end_ids,
             prefix_cache=self.config.prefix_cache,
             drafter=make_drafter(self.config.speculation),
+            group_share=self._group_share,
         )
         runner = Runner(self.model, self.cache, self._pool, self._graphs, self.max_sequences, self._span)
         outputs = Outputs(scheduler, self.tokenizer, self._end_ids, self.stats, streaming=streaming)

@@ -23,6 +23,7 @@ from .prefixes import MIN_PREFIX_TOKENS, group_by_prefix
 from .rows import UNKNOWN, Chunk, DecodeSet, Rows, Sequence, StepPlan
 from .speculate import PromptLookup, make_drafter
 
+MAX_HELD_STEPS = 16
 KV_DTYPE_CHOICES = ("auto", "fp32", "bf16", "fp16", "int8", "fp8")
 
 
@@ -71,7 +72,11 @@ class EngineConfig:
 
 
 class Scheduler:
-    """Owns the sequences of one stream of requests. ``max_context`` tokens must fit in the allocator's pages."""
+    """Owns the sequences of one stream of requests. ``max_context`` tokens must fit in the allocator's pages.
+
+    ``group_share``: while sequences decode, further ones are admitted when this share of rows and pages is free, or
+    after ``MAX_HELD_STEPS`` steps. For devices on which a step of decodes alone is launched as a whole.
+    """
 
     def __init__(
         self,
@@ -83,6 +88,7 @@ class Scheduler:
         end_ids: tuple[int, ...] = (),
         prefix_cache: bool = True,
         drafter: PromptLookup | None = None,
+        group_share: float = 0.0,
     ) -> None:
         if max_batch_tokens < max_sequences:
             raise ValueError(f"max_batch_tokens {max_batch_tokens} is below max_sequences {max_sequences}")
@@ -95,7 +101,8 @@ class Scheduler:
         self.rows = Rows(max_sequences, max_context, allocator.page_size)
         self.end_ids = tuple(sorted(end_ids))
         self.num_preemptions = self.num_drafted = self.num_accepted = 0
-        self._drafter = drafter
+        self._drafter, self._group_share = drafter, group_share
+        self._num_held = 0  # steps in a row that admitted nobody though somebody waited
         self._num_in_flight = 0  # steps planned whose tokens are not known
         self._num_admitted = 0
         self._free_rows = list(range(max_sequences - 1, -1, -1))
@@ -147,7 +154,8 @@ class Scheduler:
             if budget < sequence.num_rows:
                 break
             budget -= self._take_chunk(sequence, budget, chunks)
-        while self._waiting and budget >= self._waiting[0].num_rows and not (preempted and self._running):
+        may_admit = not (preempted and self._running) and not self._holds_back(chunks)
+        while may_admit and self._waiting and budget >= self._waiting[0].num_rows:
             if not self._admit(self._waiting[0]):
                 break
             budget -= self._take_chunk(self._waiting.popleft(), budget, chunks)
@@ -260,6 +268,15 @@ class Scheduler:
             serials=decode_set.serials if settings is decode_set.settings else rows.serial[sampled_rows],
             settings=settings,
         )
+
+    def _holds_back(self, chunks: list[Chunk]) -> bool:
+        """Whether those who wait do so for a larger group, the step being one of decodes alone."""
+        rows, pages = len(self.rows.num_tokens), self.allocator.num_pages
+        few = len(self._free_rows) < self._group_share * rows
+        few = few or self.allocator.num_available < self._group_share * pages
+        held = bool(few and self._waiting and self._decodes and not chunks and self._num_held < MAX_HELD_STEPS)
+        self._num_held = self._num_held + 1 if held else 0
+        return held
 
     def _take_drafts(self, drafter: PromptLookup, budget: int, chunks: list[Chunk]) -> int:
         """Chunks of decodes that continue with a draft; returns the tokens that they run beyond the decodes' own."""

@@ -151,6 +151,7 @@ def test_whatever_a_request_asks_for_is_replayed(model, recorded, tmp_path, engi
         plain = Generator(model, None, EngineConfig(**limits), {"a": tmp_path / "a"})
         truth = plain.generate(prompts, params, adapter=adapter)
         generator = with_graphs(model, EngineConfig(**limits), {"a": tmp_path / "a"})
+        generator._group_share = 0.5
         for _ in range(3):
             assert generator.generate(prompts, params, adapter=adapter) == truth
         assert generator.stats.preemptions > 0

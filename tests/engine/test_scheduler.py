@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from specialize.engine.pages import PageAllocator
 from specialize.engine.sampler import SamplingParams
-from specialize.engine.scheduler import EngineConfig, Scheduler, Sequence
+from specialize.engine.scheduler import MAX_HELD_STEPS, EngineConfig, Scheduler, Sequence
 
 from specialize.errors import InputError
 
@@ -68,6 +70,7 @@ def test_all_is_served_whatever_the_limits(data):
         max_sequences=max_sequences,
         max_context=context,
         prefix_cache=data.draw(st.booleans()),
+        group_share=data.draw(st.sampled_from([0.0, 0.0, 0.5, 1.0])),
     )
     prompts = data.draw(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=context - 1), max_size=8))
     counts = [data.draw(st.integers(1, 12)) for _ in prompts]
@@ -88,6 +91,30 @@ def test_decodes_come_first_and_prompts_fill_the_budget():
     shapes = [(len(p.decodes), [(c.sequence.request_id, c.stop - c.start) for c in p.chunks]) for p in steps]
     assert shapes[:3] == [(0, [(0, 3), (1, 7)]), (1, [(1, 8), (2, 1)]), (2, [(2, 5)])]
     assert [p.num_tokens for p in steps[:3]] == [10, 10, 7]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_further_sequences_are_admitted_in_groups(late):
+    rng = random.Random(0)
+    lengths = [rng.randint(1, 120) for _ in range(300)]
+    shares = {}
+    for share in (0.0, 0.25):
+        scheduler = Scheduler(
+            PageAllocator(600, 4), max_batch_tokens=200, max_sequences=16, max_context=130, group_share=share
+        )
+        for number, length in enumerate(lengths):
+            scheduler.add(sequence(number, [number % 89, 1, 2], length))
+        steps: list = []
+        assert {number: len(ids) for number, ids in drive(scheduler, steps, late=late).items()} == dict(
+            enumerate(lengths)
+        )
+        shares[share] = sum(bool(plan.chunks) for plan in steps) / len(steps)
+        held, longest = 0, 0
+        for plan in steps[:-120]:  # somebody waits throughout
+            held = 0 if plan.chunks or len(plan.decodes) == 16 else held + 1
+            longest = max(longest, held)
+        assert longest <= (MAX_HELD_STEPS if share else 0) + late  # a row may wait for its last token
+    assert shares[0.25] < 0.4 * shares[0.0]
 
 
 def test_a_prefix_is_shared_within_one_step():
