@@ -275,7 +275,8 @@ def _serves(other: _Key, key: _Key) -> bool:
         and key[1] <= other[1]
         and key[2] <= other[2]
         and bool(key[2]) == bool(other[2])  # a graph either reads prefix groups or does not
-        and key[3:] == other[3:]
+        and key[3] is other[3]
+        and key[4] <= other[4]  # one that draws has the logits, too
     )
 
 

@@ -135,6 +135,11 @@ class StepPlan:
     def has_twins(self) -> bool:
         return len(self.decode_set.twins) > 0 or any(c.sequence.num_rows > 1 for c in self.chunks)
 
+    @property
+    def draws_by_row(self) -> bool:
+        """Whether each token follows from its row's own logits and settings: no penalty, no contrast."""
+        return not (self.settings.penalised or self.has_twins)
+
 
 class Rows:
     """Per running sequence: tokens, page table and sampling settings, one row each.

@@ -91,8 +91,9 @@ class Runner:
     def _graph(self, plan: StepPlan, rows: Rows, adapters: LayerAdapters | None) -> DecodeGraph | None:
         decodes = plan.decode_set
         longest = 0 if decodes.prefixes is None else decodes.prefixes.longest * rows.page_size
-        draws = not (plan.settings.penalised or len(decodes.twins))
-        return self._graphs.find(len(decodes.table_rows), int(plan.decode_at.max()) + 1, longest, adapters, draws=draws)
+        return self._graphs.find(
+            len(decodes.table_rows), int(plan.decode_at.max()) + 1, longest, adapters, draws=plan.draws_by_row
+        )
 
     def _replay(self, graph: DecodeGraph, plan: StepPlan, rows: Rows) -> Draws:
         """A step of decodes alone."""
@@ -103,7 +104,7 @@ class Runner:
         with self._span("forward"):
             logits, *draws = graph.replay()
         with self._span("sample"):
-            if draws:
+            if plan.draws_by_row:
                 token_ids, packed = draws
                 self._newest.index_copy_(0, inputs["rows"], token_ids)
                 return self._to_host(packed, logits, plan)
