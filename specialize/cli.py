@@ -965,7 +965,8 @@ def evaluate(common: Common, run: Path | None, redo: bool, settings: tuple[str, 
 def report(common: Common, runs: tuple[Path, ...], out: Path | None) -> None:
     """Write a RUN's report.html anew from what its folder holds, or one page that compares several RUNS.
 
-    Runs that differ in nothing but --seed are taken together: mean and spread.
+    Runs that differ in nothing but --seed are taken together: mean and spread over the runs, and a paired bootstrap
+    interval of what the expert gained, each example's difference averaged over the runs.
 
     \b
     Examples:
@@ -981,17 +982,17 @@ def report(common: Common, runs: tuple[Path, ...], out: Path | None) -> None:
         common.show({"report": str(path)}, str(path))
         return
     from .comparison import compare_runs
-    from .standalone import check_writable
+    from .repeats import group_table
+    from .standalone import check_writable, format_table
 
     out = out or Path("comparison.html")
     check_writable(out)
     found = compare_runs(runs, out)
-    lines = [
-        f"{row['what']}, {row['shots']}-shot {row['metric']} over {len(row['values'])} random seeds: "
-        f"{row['mean']:.1f} ± {row['spread']:.1f} ({row['low']:.1f} to {row['high']:.1f})"
-        for group in found["seeds"]
-        for row in group["rows"]
-    ]
+    lines = []
+    for group in found["seeds"]:
+        lines += [format_table(group_table(group))]
+        if group["not_pooled"]:
+            lines.append(f"no intervals over the runs: {group['not_pooled']}")
     common.show(found, "\n".join([*lines, str(out)]))
 
 

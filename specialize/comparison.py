@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from .general import perplexity_text
 from .ledger import Ledger
 from .plots import plot_comparison
 from .recipe import Recipe, read_yaml
+from .repeats import METRICS, add_pooled, seed_groups
 from .report import render_page
 
 
@@ -27,6 +27,8 @@ def compare_runs(folders: Sequence[Path], out: Path) -> dict[str, Any]:
     runs: list[dict[str, Any]] = [{**run, "name": name} for run, name in zip(found, names, strict=True)]
     shots = sorted({s for run in runs for system, s in run["means"] if system == "expert"})
     groups = seed_groups(runs)
+    for group in groups:
+        add_pooled(group, [run for run in runs if run["name"] in group["runs"]])
     controls = _controls(runs)
     values: dict[str, Any] = {
         "title": f"{len(runs)} runs compared",
@@ -98,7 +100,6 @@ def _read(folder: Path) -> dict[str, Any]:
         "means": {
             (name, mean["shots"]): mean
             for name, report in systems.items()
-            if name in ("base", "teacher", "seeds", "expert")
             for mean in report["means"]
             if mean["metric"] == "token_f1"
         },
@@ -113,10 +114,16 @@ def _read(folder: Path) -> dict[str, Any]:
             for c in found["comparisons"]
             if (c["system"], c["metric"]) == ("expert", "token_f1") and c.get("mean")
         },
+        "differences": {
+            (c["against"], c["shots"], c["metric"]): c["mean"]
+            for c in found["comparisons"]
+            if c["system"] == "expert" and c["metric"] in METRICS and c.get("mean")
+        },
         "results": {
             (r["task"], r["shots"]): r for r in systems["expert"]["results"] if r["metric"] == "token_f1"
         },
         "general": general.get("expert"),
+        "evaluation": found,
         "off_domain": perplexity_text(general["expert"]) if "expert" in general else "–",
     }  # fmt: skip
 
@@ -145,47 +152,9 @@ def differing_settings(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     return [row for row in rows if any(value != row["values"][0] for value in row["values"])]
 
 
-def seed_groups(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Runs that differ in their random seed alone, two or more together: mean and spread of what they reached.
-
-    ``spread`` is the standard deviation of the runs, n - 1 in its denominator.
-    """
-    by_settings: dict[str, list[Mapping[str, Any]]] = {}
-    for run in runs:
-        settings = {k: v for k, v in run["settings"].items() if k != "seed"} | run["identity"]
-        by_settings.setdefault(json.dumps(settings, sort_keys=True, default=str), []).append(run)
-    groups = []
-    for members in by_settings.values():
-        if len({run["seed"] for run in members}) < 2:
-            continue
-        names, rows = _controls(members), []
-        for metric, key in (("token_f1", "means"), ("entity_f1", "entity")):
-            for system, shots in members[0][key]:
-                values = [run[key][system, shots]["value"] for run in members if (system, shots) in run[key]]
-                if len(values) == len(members):
-                    name = names.get(system, system)
-                    rows.append({"what": name, "shots": shots, "metric": metric} | _of(values))
-        for against, shots in members[0]["gains"]:
-            values = [run["gains"][against, shots]["value"] for run in members if (against, shots) in run["gains"]]
-            if len(values) == len(members):
-                name = f"expert − {names.get(against, against)}"
-                rows.append({"what": name, "shots": shots, "metric": "token_f1"} | _of(values))
-        groups.append(
-            {"runs": [run["name"] for run in members], "random_seeds": [run["seed"] for run in members], "rows": rows}
-        )
-    return groups
-
-
 def _controls(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """The names of the controls that the runs have scored."""
     return control_names(epochs for run in runs for epochs in run["teacher_epochs"])
-
-
-def _of(values: Sequence[float]) -> dict[str, Any]:
-    mean = math.fsum(values) / len(values)
-    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
-    found = {"mean": mean, "spread": spread, "low": min(values), "high": max(values)}
-    return {key: round(value, 2) for key, value in found.items()} | {"values": list(values)}
 
 
 def _tasks(runs: Sequence[Mapping[str, Any]], shots: Sequence[int]) -> list[dict[str, Any]]:

@@ -117,6 +117,11 @@ def _statistic(metric: str) -> metrics.Statistic:
     return metrics.micro_f1_statistic if metric == "entity_f1" else metrics.mean_statistic
 
 
+def percent_of(rows: np.ndarray, metric: str) -> float:
+    """A task's score in percent, as ``eval.json`` has it, from its examples' columns [n, columns]."""
+    return _percent(_statistic(metric)(rows[None])[0])
+
+
 def _interval(rows: np.ndarray, metric: str, seed: int, task: str) -> metrics.Interval:
     return metrics.interval(rows, _statistic(metric), seed=number_of(seed, task, bits=31), resamples=RESAMPLES)
 
@@ -197,9 +202,7 @@ def evaluate(
             if num_shots > len(task.shots):
                 raise InputError(f"task {task.name}: {num_shots} shots wanted, it has {len(task.shots)}")
             examples = task.examples[: limit or None]
-            purpose = "eval/" + fingerprint(
-                model_identity, system.identity, task.name, task.instruction, max_tokens, num_shots
-            )
+            purpose = reply_purpose(model_identity, system, task, max_tokens, num_shots)
             mine, dropped, cut = [], 0, 0
             for index, example in enumerate(examples):
                 prompt, used, was_cut = fit_prompt(
@@ -241,6 +244,18 @@ def evaluate(
     return EvalReport(model, system.adapter, tuple(found), seed, settings)
 
 
+def reply_purpose(model_identity: str, system: System, task: Task, max_tokens: int, num_shots: int) -> str:
+    """What the ledger knows a system's replies to a task by: all they depend on but the single examples."""
+    return "eval/" + fingerprint(model_identity, system.identity, task.name, task.instruction, max_tokens, num_shots)
+
+
+def base_identity(model_print: str, dtype: str, quantize: str = "none", kv_dtype: str = "auto") -> str:
+    """The base as a run's evaluation knows it: the fingerprint of its files, and how its numbers are held."""
+    quantized = [quantize] * (quantize != "none")
+    cached = [f"kv {kv_dtype}"] * (kv_dtype != "auto")
+    return " ".join((model_print, dtype, *quantized, *cached))
+
+
 def telling_examples(
     one: EvalReport, other: EvalReport, tasks: Sequence[Task], shots: int, count: int = 2
 ) -> list[dict[str, Any]]:
@@ -272,28 +287,48 @@ def telling_examples(
 def compare(one: EvalReport, other: EvalReport, shots: int, metric: str = "token_f1") -> dict[str, Any]:
     """``one`` minus ``other`` in points: per task and mean with paired bootstrap intervals and the p-value of a paired
     randomization test, and the mean without the task that moved most."""
-    theirs = {s.task: s for s in other.of(shots)}
-    pairs = [(s, theirs[s.task]) for s in one.of(shots) if s.task in theirs and s.n == theirs[s.task].n]
-    if not pairs:
+    return compare_pooled([(one, other)], shots, metric, seed=one.seed)
+
+
+def compare_pooled(
+    pairs: Sequence[tuple[EvalReport, EvalReport]],
+    shots: int,
+    metric: str = "token_f1",
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    digits: int = 2,
+) -> dict[str, Any]:
+    """`compare` over several runs of one setting on the same examples: the difference is the mean of the runs'.
+
+    Examples are drawn (or swapped), the same ones in every run; so the interval is of these runs on other examples.
+    What other runs would give is seen from how the runs differ. Points have ``digits`` after the point."""
+    by_run = [({s.task: s for s in one.of(shots)}, {s.task: s for s in other.of(shots)}) for one, other in pairs]
+    sizes = [{name: side[name].n for name in side} for run in by_run for side in run]
+    names = [name for name, n in sizes[0].items() if all(other.get(name) == n for other in sizes)] if sizes else []
+    if not names:
         return {}
     statistic = _statistic(metric)
     draws = []
-    for mine, his in pairs:
-        seed = number_of(one.seed, mine.task, bits=31)
-        drawn = metrics.resample(mine.rows[metric], statistic, seed=seed, resamples=RESAMPLES) - metrics.resample(
-            his.rows[metric], statistic, seed=seed, resamples=RESAMPLES
-        )
-        point = statistic(mine.rows[metric][None])[0] - statistic(his.rows[metric][None])[0]
-        swapped = metrics.permuted(
-            mine.rows[metric], his.rows[metric], statistic, seed=number_of(seed, "swap", bits=31), resamples=RESAMPLES
-        )
-        draws.append((mine.task, point, drawn, swapped))
+    for name in names:
+        draw_seed = number_of(seed, name, bits=31)
+        swap_seed = number_of(draw_seed, "swap", bits=31)
+        points, drawn, swapped = [], [], []
+        for mine, his in ((ones[name].rows[metric], others[name].rows[metric]) for ones, others in by_run):
+            points.append(statistic(mine[None])[0] - statistic(his[None])[0])
+            drawn.append(
+                metrics.resample(mine, statistic, seed=draw_seed, resamples=resamples)
+                - metrics.resample(his, statistic, seed=draw_seed, resamples=resamples)
+            )
+            swapped.append(metrics.permuted(mine, his, statistic, seed=swap_seed, resamples=resamples))
+        draws.append((name, np.mean(points), np.mean(drawn, axis=0), np.mean(swapped, axis=0)))
 
     def mean(rows: list[tuple[str, Any, np.ndarray, np.ndarray]]) -> dict[str, float]:
         value = np.mean([r[1] for r in rows])
         low, high = np.percentile(np.mean([r[2] for r in rows], axis=0), [2.5, 97.5])
         p = metrics.p_value(float(value), np.mean([r[3] for r in rows], axis=0))
-        return {"value": _percent(value), "low": _percent(low), "high": _percent(high), "p": round(p, 4)}
+        bounds = {"value": value, "low": low, "high": high}
+        return {key: round(100 * float(bound), digits) for key, bound in bounds.items()} | {"p": round(p, 4)}
 
     tasks = [{"task": row[0]} | mean([row]) for row in draws]
     mover = max(draws, key=lambda row: abs(row[1]))[0]

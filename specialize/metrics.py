@@ -110,6 +110,7 @@ class Interval:
 
 # A statistic takes the rows of a resampled task, [resamples, n, columns], and gives one value per resample.
 Statistic = Callable[[np.ndarray], np.ndarray]
+_DRAWS_AT_ONCE = 1 << 20
 
 
 def mean_statistic(rows: np.ndarray) -> np.ndarray:
@@ -126,8 +127,13 @@ def resample(rows: np.ndarray, statistic: Statistic, *, seed: int, resamples: in
     """Bootstrap values [resamples] of a statistic of ``rows`` [n, columns]; the same seed draws the same examples,
     so that values of two systems on the same examples are paired."""
     generator = np.random.default_rng(seed)
-    picks = generator.integers(0, len(rows), size=(resamples, len(rows)))
-    return statistic(rows[picks])
+    at_once = max(
+        1, _DRAWS_AT_ONCE // len(rows)
+    )  # examples drawn take no more memory than this; the draws are the same
+    counts = [min(at_once, resamples - start) for start in range(0, resamples, at_once)]
+    return np.concatenate(
+        [statistic(rows[generator.integers(0, len(rows), size=(count, len(rows)))]) for count in counts]
+    )
 
 
 def permuted(
@@ -136,8 +142,13 @@ def permuted(
     """Differences [resamples] of a statistic of two systems' rows [n, columns] on the same examples, with the two
     exchanged in a random half of the examples: what the difference would be if it did not matter who answered
     (approximate randomization, Noreen 1989)."""
-    swapped = np.random.default_rng(seed).random((resamples, len(one), 1)) < 0.5
-    return statistic(np.where(swapped, other, one)) - statistic(np.where(swapped, one, other))
+    generator = np.random.default_rng(seed)
+    at_once = max(1, _DRAWS_AT_ONCE // len(one))
+    found = []
+    for start in range(0, resamples, at_once):
+        swapped = generator.random((min(at_once, resamples - start), len(one), 1)) < 0.5
+        found.append(statistic(np.where(swapped, other, one)) - statistic(np.where(swapped, one, other)))
+    return np.concatenate(found)
 
 
 def p_value(difference: float, under_null: np.ndarray) -> float:

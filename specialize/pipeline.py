@@ -25,7 +25,7 @@ from . import filter as rules
 from . import general
 from .controls import control_names
 from .errors import InputError
-from .evaluate import EvalReport, System, compare, evaluate, telling_examples
+from .evaluate import EvalReport, System, base_identity, compare, evaluate, telling_examples
 from .export import model_card
 from .files import survey, sweep, write_text
 from .kinds import kinds_of
@@ -901,9 +901,8 @@ class Run:
         reports: dict[str, EvalReport] = {}
         systems = self.systems()
         counts = [len(t.examples[: settings.limit or None]) for t in self.tasks]
-        quantized = [self.recipe.quantize] * (self.recipe.quantize != "none")
-        cached = [f"kv {self.recipe.kv_dtype}"] * (self.recipe.kv_dtype != "auto")
-        identity = " ".join((self.prints["model"], self.recipe.dtype, *quantized, *cached))
+        recipe = self.recipe
+        identity = base_identity(self.prints["model"], recipe.dtype, recipe.quantize, recipe.kv_dtype)
         for system in systems:
             shots = tuple(dict.fromkeys((*settings.shots, *(settings.base_shots if system.name == "base" else ()))))
             with self.reporter.bar(f"evaluate {system.label}", sum(counts) * len(shots), "replies") as bar:

@@ -6,16 +6,18 @@ import shutil
 import statistics
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
 from specialize import cli
-from specialize.comparison import compare_runs, seed_groups
+from specialize.comparison import _read, compare_runs
 from specialize.controls import control_names
-from specialize.evaluate import telling_examples
+from specialize.evaluate import EvalReport, Scores, compare_pooled, telling_examples
 from specialize.ledger import Ledger
 from specialize.pipeline import Run
 from specialize.progress import Reporter
 from specialize.recipe import override, read_recipe
+from specialize.repeats import remembered_reports, seed_groups
 from specialize.report import _headline, write_report
 
 VOID = {"meta", "br", "hr", "img", "input", "link", "col", "path", "use", "rect", "circle", "line", "polyline"}
@@ -239,19 +241,134 @@ def test_controls_are_called_by_how_they_differ():
 
 
 def test_groups_need_the_same_inputs():
-    def run(seed, tasks):
+    def run(seed, tasks, **more):
         return {
-            "name": f"{seed}", "seed": seed, "settings": {"seed": seed}, "identity": {"tasks": tasks}, "gains": {},
-            "means": {("expert", 0): {"value": float(seed)}}, "entity": {}, "teacher_epochs": (),
-        }  # fmt: skip
+            "name": f"{seed}", "seed": seed, "settings": {"seed": seed}, "identity": {"tasks": tasks},
+            "differences": {}, "means": {("expert", 0): {"value": float(seed)}}, "entity": {}, "teacher_epochs": (),
+        } | more  # fmt: skip
 
     assert seed_groups([run(0, "a"), run(1, "b")]) == []
     assert seed_groups([run(0, "a"), run(0, "a")]) == []
-    [group] = seed_groups([run(2, "a"), run(4, "a"), run(1, "b")])
+    [group] = seed_groups([run(2, "a"), run(4, "a"), run(1, "b"), run(4, "a", name="again")])
+    assert group["runs"] == ["2", "4"]
     assert group["rows"][0] | {"values": 0} == {
         "what": "expert", "shots": 0, "metric": "token_f1", "mean": 3.0, "spread": 1.41, "low": 2.0, "high": 4.0,
         "values": 0,
     }  # fmt: skip
+    means = {("round 1", 0): {"value": 7.0}, ("expert", 0): {"value": 9.0}}
+    [group] = seed_groups([run(n, "a", means=means) for n in range(3)])
+    assert [(row["what"], row["mean"]) for row in group["rows"]] == [("round 1", 7.0), ("expert", 9.0)]
+
+
+def made_up(draw, sizes):
+    """A run's (expert, control): per task random token scores [n, 1] and entity counts [n, 3]."""
+
+    def report():
+        found = []
+        for task, n in sizes.items():
+            wanted, said = draw.integers(1, 5, n), draw.integers(0, 5, n)
+            correct = np.minimum(draw.integers(0, 5, n), np.minimum(wanted, said))
+            rows = {"token_f1": draw.random((n, 1)), "entity_f1": np.stack([correct, said, wanted], 1).astype(float)}
+            found.append(Scores(task, 0, "token_f1", rows, ("",) * n))
+        return EvalReport("", None, tuple(found))
+
+    return report(), report()
+
+
+@pytest.mark.parametrize("metric", ["token_f1", "entity_f1"])
+def test_the_interval_over_runs_is_a_bootstrap_of_examples(metric):
+    """Against loops that draw examples on their own: both estimate the same bounds, each of 6,000 draws."""
+    sizes = {"one": 13, "two": 30}
+    draw = np.random.default_rng(7)
+    runs = [made_up(draw, sizes) for _ in range(3)]
+    found = compare_pooled(runs, 0, metric, resamples=6_000, digits=6)
+
+    def f1(counts):
+        correct, said, wanted = counts.sum(0)
+        return 2 * correct / (said + wanted)
+
+    score = {"token_f1": lambda rows: rows.mean(), "entity_f1": f1}[metric]
+
+    def difference(task, picks):
+        mine, his = ([pair[side].of(0)[task].rows[metric] for pair in runs] for side in (0, 1))
+        return np.mean([score(a[picks]) - score(b[picks]) for a, b in zip(mine, his, strict=True)])
+
+    point = [difference(i, np.arange(n)) for i, n in enumerate(sizes.values())]
+    assert found["mean"]["value"] == pytest.approx(100 * np.mean(point), abs=1e-5)
+    assert [task["value"] for task in found["tasks"]] == pytest.approx([100 * x for x in point], abs=1e-5)
+    own = np.random.default_rng(123)
+    draws = 100 * np.array(
+        [np.mean([difference(i, own.integers(0, n, n)) for i, n in enumerate(sizes.values())]) for _ in range(6_000)]
+    )
+    # A bound's own standard error: sqrt(0.025 * 0.975 / draws) over a normal density of 0.058 / sd at that place.
+    error = np.sqrt(0.025 * 0.975 / 6_000) * draws.std() / 0.0584 * np.sqrt(2)
+    assert error < 0.08 * draws.std()
+    bounds = (found["mean"]["low"], found["mean"]["high"])
+    assert bounds == pytest.approx(tuple(np.percentile(draws, [2.5, 97.5])), abs=4 * error)
+    one = compare_pooled(runs[:1], 0, metric, digits=6)["mean"]
+    assert one["high"] - one["low"] > 1.3 * (bounds[1] - bounds[0])  # three runs say more than one
+
+
+def test_scores_of_examples_are_made_again_from_the_ledger(with_teacher, seeds, tmp_path):
+    """Per example what the evaluation had, so the difference over runs is the mean of theirs and nothing is asked."""
+    for folder in (with_teacher / "s1", seeds / "rank"):
+        again = remembered_reports(_read(folder))
+        recipe, inputs = read_recipe(folder / "recipe.yaml")
+        run = Run(folder, recipe, inputs, reporter=Reporter(mute=True))
+        run.execute(until="evaluate")
+        assert list(again) == list(run.reports)
+        for name, report in run.reports.items():
+            ours = {(s.task, s.shots): s for s in again[name].scores}
+            assert set(ours) == {(s.task, s.shots) for s in report.scores}
+            for scores in report.scores:
+                mine = ours[scores.task, scores.shots]
+                assert mine.replies == scores.replies
+                assert all(np.array_equal(mine.rows[metric], rows) for metric, rows in scores.rows.items())
+    folders = [with_teacher / "s0", with_teacher / "s1"]
+    found = compare_runs(folders, tmp_path / "page.html")
+    [group] = found["seeds"]
+    assert group["not_pooled"] == ""
+    rows = [row for row in group["rows"] if "against" in row]
+    assert {(r["against"], r["shots"], r["metric"]) for r in rows} == {
+        (a, s, m) for a in ("base", "teacher", "seeds") for s in (0, 1) for m in ("token_f1", "entity_f1")
+    }
+    evals = [remembered_reports(_read(folder)) for folder in folders]
+    for row in rows:
+        mean = row["pooled"]["mean"]
+        assert mean["value"] == pytest.approx(row["mean"], abs=0.011) and mean["low"] <= mean["value"] <= mean["high"]
+        pairs = [(reports["expert"], reports[row["against"]]) for reports in evals]
+        assert row["pooled"] == compare_pooled(pairs, row["shots"], row["metric"], resamples=10_000, digits=4)
+    shown = next(r["pooled"]["mean"] for r in rows if (r["against"], r["shots"]) == ("teacher", 0))
+    text = parsed(tmp_path / "page.html")
+    assert "paired bootstrap over the runs" in text and f"[{shown['low']:+.1f}, {shown['high']:+.1f}]" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("adapter", "adapter_model.safetensors is missing"),
+        ("scores", "do not have the scores of eval.json"),
+        ("replies", "has no reply of base to example 1 of awake, 0-shot"),
+    ],
+)
+def test_without_the_replies_there_is_a_spread_but_no_interval(seeds, tmp_path, change, says):
+    for name in ("s0", "s1"):
+        shutil.copytree(seeds / name, tmp_path / name)
+    folder = tmp_path / "s1"
+    if change == "adapter":
+        (folder / "adapter" / "adapter_model.safetensors").unlink()
+    elif change == "scores":
+        found = json.loads((folder / "eval.json").read_text())
+        found["systems"]["expert"]["results"][0]["value"] += 1
+        (folder / "eval.json").write_text(json.dumps(found))
+    else:
+        with Ledger(folder / "ledger.sqlite") as ledger, ledger.transaction():
+            ledger._db.execute("DELETE FROM replies WHERE item_id LIKE 'awake/0/%'")
+    found = compare_runs([tmp_path / "s0", folder], tmp_path / "page.html")
+    [group] = found["seeds"]
+    assert says in group["not_pooled"] and not any("pooled" in row for row in group["rows"])
+    assert any(row["what"] == "expert" and row["spread"] >= 0 for row in group["rows"])
+    assert says in parsed(tmp_path / "page.html")
 
 
 def test_by_command(seeds, tmp_path, capsys):
@@ -259,7 +376,10 @@ def test_by_command(seeds, tmp_path, capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["report", str(seeds / "s0"), str(seeds / "s1"), "--out", str(page)])
     out = capsys.readouterr().out
-    assert re.search(r"expert, 0-shot token_f1 over 2 random seeds: \d+\.\d ± ", out) and str(page) in out
+    assert re.search(r"random seeds 0, 1 .*\bspread +95 % interval", out) and str(page) in out
+    assert re.search(r"\nexpert +0 +token_f1 +\d+\.\d ± \d+\.\d +\d", out)
+    line = r"\nexpert − seeds alone +1 +entity_f1 +[+-]\d+\.\d ± \d+\.\d +\[[+-]\d+\.\d, [+-]\d+\.\d\] +[\d.< ]+ [+-]"
+    assert re.search(line, out)
 
 
 @pytest.mark.parametrize(
