@@ -244,7 +244,11 @@ def init(common: Common, domain: str, out: Path | None) -> None:
 @kv_dtype_option
 @memory_option
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any recipe setting, such as tune.rank=8.")
-@click.option("--until", default="report", help="Stop after this stage (index, teacher, filter, tune, evaluate, …).")
+@click.option(
+    "--until",
+    default="report",
+    help="Stop after this stage: index, teacher, instructions or responses (those of the first wave), filter, tune, …",
+)
 @click.option("--redo", is_flag=True, help="Redo the stages that changed settings invalidate.")
 @worker_options
 @log_option

@@ -247,7 +247,10 @@ class Run:
             yield ledger
 
     def execute(self, *, until: str = "report", redo: bool = False) -> dict[str, Any]:
-        """Do all stages up to and including ``until``; returns what ``eval.json`` holds when that far, else counts."""
+        """Do all stages up to and including ``until``; returns what ``eval.json`` holds when that far, else counts.
+
+        Instructions, responses and filter take turns in waves: up to one of the first two is up to that of the first
+        wave."""
         if until not in STAGES:
             raise InputError(f"stage {until!r} is unknown; stages: {', '.join(STAGES)}")
         last = STAGES.index(until)
@@ -266,8 +269,8 @@ class Run:
                         self._control()
                     else:
                         self._stage(name, getattr(self, f"_do_{stage}"), round)
-                if last in (STAGES.index("instructions"), STAGES.index("responses")):
-                    self._synthesis(1)
+                if until in ("instructions", "responses"):
+                    self._synthesis(1, until)
                 self._publish()
                 result = self.summary()
                 if last >= STAGES.index("evaluate"):
@@ -575,10 +578,14 @@ class Run:
         recipe = self.recipe
         return recipe.retrieval.mode != "off" and recipe.responses.passages > 0 and any(k.open_book for k in self.kinds)
 
-    def _synthesis(self, round: int) -> None:
-        """Instructions, responses and filter of one round, in waves until enough rows are kept."""
-        ledger, names = self.ledger, [_numbered(n, round) for n in ("responses", "filter")]
-        names = ["instructions", *names] if round == 1 else names
+    def _synthesis(self, round: int, until: str = "filter") -> None:
+        """Instructions, responses and filter of one round, in waves until enough rows are kept.
+
+        Whether there is a second wave follows from the filter; so up to an earlier stage is up to that of the first.
+        """
+        ledger, stages_here = self.ledger, ("instructions", "responses", "filter")
+        names = [_numbered(n, round) for n in stages_here[: stages_here.index(until) + 1]]
+        names = names if round == 1 else names[1:]
         stages = ledger.stages()
         if all(name in stages and stages[name].done for name in names):
             return
@@ -599,8 +606,14 @@ class Run:
                 with clock.of("instructions"):
                     if not self._draft(wave, missing) and wave > 0:
                         break
+            if until == "instructions":
+                self.reporter.say(f"{len(ledger.items(round=1, wave=0))} candidates drafted in the first wave")
+                return
             with clock.of(_numbered("responses", round)):
                 self._respond(round, wave)
+            if until == "responses":
+                self.reporter.say(f"{len(ledger.items(round=1, wave=0))} candidates of the first wave answered")
+                return
             with clock.of(_numbered("filter", round)):
                 judged = self._judge(round, through=wave)
                 kept = {}

@@ -77,6 +77,26 @@ def test_a_run_leaves_what_it_promises(finished, tiny):
     assert (recipe, inputs) == (read_recipe(tiny.recipe)[0], tiny.inputs)
 
 
+def test_a_run_stops_after_the_first_wave_s_instructions_or_answers(finished, tiny, tmp_path):
+    folder, wave = tmp_path / "run", None
+    for until in ("instructions", "instructions", "responses", "instructions"):  # going on is not going back
+        result = open_run(tiny, folder).execute(until=until)
+        with Ledger(folder / "ledger.sqlite") as ledger:
+            stages, items, answers = ledger.stages(), ledger.items(), ledger.replies("response")
+        wave = wave or items
+        assert items == wave and {(i.round, i.wave) for i in items} == {(1, 0)}
+        assert all(i.status == "new" for i in items if not i.reason)  # nothing is judged but doubles among the drafts
+        answered = until == "responses" or "responses" in stages
+        assert set(answers) == ({i.id for i in items if i.status == "new"} if answered else set())
+        assert not stages["instructions"].done and "filter" not in stages and "tune" not in stages
+        assert result["stages"].keys() == stages.keys()
+        assert not (folder / "dataset.jsonl").exists()
+    with Ledger(finished[0] / "ledger.sqlite") as ledger:
+        assert [i.id for i in wave] == [i.id for i in ledger.items(wave=0)]
+    open_run(tiny, folder).execute()
+    assert contents(folder) == contents(finished[0])
+
+
 VARIANT = (
     "dora=true",
     "init=pissa",
