@@ -156,6 +156,7 @@ class Trainer:
         self.plan = plan_on_device(
             model.config, config, largest_micro_batch(self.examples, config), dtype=model.dtype, device=model.device,
             quantization=model.quantization, memory_bytes=config.memory_bytes, loaded=True,
+            anchor_text_tokens=0 if self.anchor is None else sum(map(len, self.anchor.texts)),
         ).require()  # fmt: skip
         ranks.check(config)
         self.trainable = make_trainable(model, config) if trainable is None else trainable

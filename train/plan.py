@@ -9,8 +9,9 @@ Saved activations are those that `Model.forward` keeps for the backward pass, wi
     last block      from its output projection on only the rows that carry a loss
 
 A recomputed block keeps what goes into it, hidden states and residual; the first blocks are chosen, since by the time
-they are recomputed the later ones' activations are gone. Eager torch keeps more: attention in fp32 on a CPU, and norms
-in full fine-tuning on a CPU. Shape letters as in docs/structure.md.
+they are recomputed the later ones' activations are gone. An anchor (train/anchor.py) has a pass of its own after those
+of the rows; its tokens' activations and logits count where they are more than the rows'. Eager torch keeps more:
+attention in fp32 on a CPU, and norms in full fine-tuning on a CPU. Shape letters as in docs/structure.md.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ def largest_micro_batch(examples: Sequence[TrainExample], train: TrainConfig) ->
 @dataclass(frozen=True)
 class TuningPlan:
     """Where the memory goes at a step's peak; sizes in bytes. ``saved`` lists activations kept for the backward pass
-    by op with nothing recomputed, ``saved_bytes`` what is kept with ``recompute_layers`` blocks recomputed."""
+    by op with nothing recomputed, ``saved_bytes`` what is kept with ``recompute_layers`` blocks recomputed.
+    ``anchor_bytes``: the anchor texts' hidden states, and what the anchor's pass takes beyond a micro-batch's."""
 
     model: str
     device: str
@@ -76,6 +78,7 @@ class TuningPlan:
     saved_bytes: int
     loss_bytes: int
     workspace_bytes: int
+    anchor_bytes: int
     reserve_bytes: int
     num_layers: int
     recompute_layers: int
@@ -89,7 +92,7 @@ class TuningPlan:
     def total_bytes(self) -> int:
         return (
             self.process_bytes + self.weights_bytes + self.adapter_bytes + self.optimizer_bytes + self.saved_bytes
-            + max(self.loss_bytes, self.workspace_bytes) + self.reserve_bytes
+            + max(self.loss_bytes, self.workspace_bytes) + self.anchor_bytes + self.reserve_bytes
         )  # fmt: skip
 
     @property
@@ -126,6 +129,7 @@ class TuningPlan:
                 max(self.loss_bytes, self.workspace_bytes),
                 f"the larger of a block's backward and a chunk of logits ({self.loss_rows:,} rows with a loss)",
             ),
+            ("anchor", self.anchor_bytes, "the base's hidden states, and what its logits take beyond the rows' pass"),
             ("reserve", self.reserve_bytes, "fragments"),
         ]
         return [row for row in rows if row[1]]
@@ -270,6 +274,12 @@ def loss_bytes(config: ModelConfig, loss_rows: int, dtype: torch.dtype, device_t
     return config.vocab_size * (rows * dtype.itemsize + 2 * block * 4)
 
 
+def anchor_logits_bytes(config: ModelConfig, num_tokens: int, dtype: torch.dtype) -> int:
+    """`anchor_loss` at its widest, five [N, V] of it: log-probabilities of base and adapter, the base's probabilities,
+    the difference and the products. Two are kept for the backward pass."""
+    return 5 * num_tokens * config.vocab_size * max(4, dtype.itemsize)
+
+
 def plan_tuning(
     config: ModelConfig,
     train: TrainConfig,
@@ -282,9 +292,11 @@ def plan_tuning(
     quantization: Quantization | None = None,
     matrix_rate: float | None = None,
     loaded: bool = False,
+    anchor_text_tokens: int = 0,
     model: str = "",
 ) -> TuningPlan:
     """Arithmetic alone, for micro-batches of ``batch``. ``matrix_rate`` in operations a second gives a speed.
+    ``anchor_text_tokens``: of all anchor texts together, where there is an anchor (0: not known yet).
 
     With recompute "auto" as few blocks are recomputed as make the plan fit; where it fits with none of them kept
     neither, all are recomputed and `TuningPlan.fits` is False. ``loaded``: the weights are within ``process_bytes``.
@@ -311,11 +323,24 @@ def plan_tuning(
     backward = backward_bytes(config, batch.tokens, dtype, quantization)
     loss = loss_bytes(config, batch.loss_rows, dtype, device_type)
     runtime = CPU_RUNTIME_BYTES if device_type == "cpu" else 0
+    num_anchor = min(train.anchor_tokens, anchor_text_tokens or train.anchor_tokens) if train.anchor else 0
+    texts = BatchShape(num_anchor, num_anchor)
+    text_sizes = [sum(block.values()) for block in saved_by_block(config, train, texts, dtype)]
+    text_logits = anchor_logits_bytes(config, texts.tokens, dtype)
+    text_backward = backward_bytes(config, texts.tokens, dtype, quantization)
+    hidden = anchor_text_tokens * config.hidden_size * dtype.itemsize if train.anchor else 0
+
+    def saved_at(count: int, shape: BatchShape, sizes: list[int]) -> tuple[int, int]:
+        """Bytes saved at the end of the forward pass, and at the widest moment of the backward pass."""
+        inputs = _inputs_bytes(config, shape, dtype, count)
+        kept = inputs + sum(sizes[count:])
+        # The last recomputed block is alive as a whole beside the inputs of those before it.
+        return kept, max(kept, inputs + max(sizes[:count], default=0))
 
     def at(count: int) -> TuningPlan:
-        kept = sum(sizes[count:]) + _inputs_bytes(config, batch, dtype, count)
-        # The last recomputed block is alive as a whole beside the inputs of those before it.
-        recomputed = _inputs_bytes(config, batch, dtype, count) + max(sizes[:count], default=0)
+        _, saved = saved_at(count, batch, sizes)
+        text_kept, text_saved = saved_at(count, texts, text_sizes)
+        anchor = max(text_kept + text_logits, text_saved + text_backward) if train.anchor else 0
         operations = step_operations(config, batch.tokens, batch.loss_rows, trains_weights=train.method == "full")
         per_block = step_operations(config, batch.tokens, 0) / config.num_layers / 2
         operations += count * per_block
@@ -331,9 +356,10 @@ def plan_tuning(
             adapter_bytes=trained,
             optimizer_bytes=8 * elements,
             saved=_by_op(blocks),
-            saved_bytes=max(kept, recomputed),
+            saved_bytes=saved,
             loss_bytes=loss,
             workspace_bytes=backward,
+            anchor_bytes=hidden + max(0, anchor - saved - max(loss, backward)),
             reserve_bytes=reserve,
             num_layers=config.num_layers,
             recompute_layers=count,
@@ -366,6 +392,7 @@ def plan_on_device(
     matrix_rate: float | None = None,
     memory_bytes: int | None = None,
     loaded: bool = False,
+    anchor_text_tokens: int = 0,
     model: str = "",
 ) -> TuningPlan:
     """`plan_tuning` for what the device has now, or for a cap on what this process takes of it."""
@@ -378,7 +405,7 @@ def plan_on_device(
     return plan_tuning(
         config, train, batch, dtype=dtype, memory_bytes=memory_bytes or there, process_bytes=held,
         device="cpu" if device.type == "cpu" else str(device), quantization=quantization, matrix_rate=matrix_rate,
-        loaded=loaded, model=model,
+        loaded=loaded, anchor_text_tokens=anchor_text_tokens, model=model,
     )  # fmt: skip
 
 

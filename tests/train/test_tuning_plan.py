@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,13 @@ from specialize.engine.shapes import SHAPES
 from specialize.kernels import cpu
 from specialize.kernels.cross_entropy import linear_cross_entropy
 from specialize.train import plan as planning
+from specialize.train.anchor import Anchor
 from specialize.train.config import TrainConfig
 from specialize.train.data import TrainExample, build_micro_batches
 from specialize.train.loop import Trainer, make_trainable
 from specialize.train.plan import BatchShape, kept_bytes, largest_micro_batch, plan_tuning
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from specialize.errors import InputError
 
@@ -88,6 +92,65 @@ def test_saved_activations_are_those_planned(config, settings, recompute_layers)
     train = TrainConfig(**{"rank": 8, **settings})
     kept, shape = kept_by_autograd(config, train, [64, 100, 37], recompute_layers)
     assert kept_bytes(config, train, shape, torch.bfloat16, recompute_layers) == pytest.approx(kept, rel=0.02)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages that ops make, for as long as these live, autograd's hold on them included."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        made = op(*args, **(kwargs or {}))
+        for storage in [t.untyped_storage() for t in tree_leaves(made) if isinstance(t, torch.Tensor)]:
+            key = storage._cdata
+            if key not in given and key not in self.sizes:
+                self.sizes[key] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._freed, key)
+        self.peak = max(self.peak, self.now)
+        return made
+
+    def _freed(self, key):
+        self.now -= self.sizes.pop(key)
+
+
+@fused
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("recompute", ["none", "layers"])
+def test_the_anchor_s_peak_is_that_planned(dtype, recompute):
+    config = dataclasses.replace(LLAMA, vocab_size=4_000)
+    train = TrainConfig(rank=8, anchor=0.5, anchor_tokens=120, recompute=recompute)
+    model = Model.random(config, dtype=dtype, inference=False)
+    trainable = make_trainable(model, train)
+    anchor = Anchor(model, [range(i, 100 + i) for i in range(3)], tokens=train.anchor_tokens, seed=0)
+    for i in range(3):  # what stays from one step to the next is counted apart
+        anchor._of_base(i)
+    hidden = sum(base.nbytes for base in anchor._base.values())
+    layers = config.num_layers if recompute == "layers" else 0
+    trainable.training = True
+    with LiveBytes() as found:
+        loss = anchor.loss(0, trainable.adapters, layers)
+        kept = found.now
+        loss.backward()
+
+    def plan(batch, **settings):
+        return plan_tuning(
+            config, dataclasses.replace(train, **settings), batch, dtype=dtype, memory_bytes=1 << 40, process_bytes=0,
+            device="cpu", anchor_text_tokens=300,
+        )  # fmt: skip
+
+    shape = BatchShape(120, 120)
+    assert kept_bytes(config, train, shape, dtype, layers) + 2 * 4 * 120 * 4_000 == pytest.approx(kept, rel=0.02)
+    few = plan(BatchShape(4, 1))
+    widest = max(few.loss_bytes, few.workspace_bytes)
+    assert few.anchor_bytes - hidden + few.saved_bytes + widest == pytest.approx(found.peak, rel=0.02)
+    assert few.total_bytes - plan(BatchShape(4, 1), anchor=0.0).total_bytes == few.anchor_bytes
+    assert ("anchor", few.anchor_bytes) in [row[:2] for row in few.rows()]
+    assert plan(BatchShape(60_000, 500)).anchor_bytes == hidden  # the rows' pass takes more, and they take turns
+    assert plan(BatchShape(4, 1), anchor=0.0).anchor_bytes == 0
 
 
 @pytest.mark.parametrize("row", json.loads(H100.read_text()), ids=lambda row: row["name"])
