@@ -25,6 +25,7 @@ from .mix_report import summary, write_page
 from .progress import Reporter
 from .recipe import Tune, read_recipe, remembered_inputs
 from .records import Task, file_fingerprint, read_seeds, read_tasks, read_training_rows
+from .synthesize import anchor_texts
 
 METHODS = ("mixse", "pooled", "ties", "dare", "average")
 WEIGHTS = "adapter_model.safetensors"
@@ -42,6 +43,7 @@ class Expert:
     tasks: tuple[Task, ...] = ()
     model: str | None = None
     tune: Tune | None = None
+    anchors: tuple[str, ...] = ()  # the texts of the run's anchor
     limit: int = 0
     max_tokens: int = 96
 
@@ -101,10 +103,14 @@ def _read_run(run: Path, name: str) -> Expert:
         rows += seeds * recipe.tune.seed_repeat
     rows += read_training_rows(run / "dataset.jsonl")
     tasks = tuple(read_tasks(inputs["tasks"])) if Path(inputs.get("tasks", "")).exists() and "tasks" in inputs else ()
-    settings = recipe.evaluate
+    anchors: list[str] = []
+    if recipe.tune.anchor and (run / "ledger.sqlite").is_file():
+        with Ledger(run / "ledger.sqlite") as ledger:
+            anchors = anchor_texts(recipe, ledger)
     return Expert(
-        name, run / "adapter", tuple(rows), tasks, inputs.get("model"), recipe.tune, settings.limit, settings.max_tokens
-    )
+        name, run / "adapter", tuple(rows), tasks, inputs.get("model"), recipe.tune, tuple(anchors),
+        limit=recipe.evaluate.limit, max_tokens=recipe.evaluate.max_tokens,
+    )  # fmt: skip
 
 
 def _name(path: Path, taken: Sequence[str]) -> str:
@@ -206,13 +212,19 @@ class Composer:
         from .tune import encode_rows, epoch_tokens, train, train_config
 
         routed = settings.method == "mixse"
-        tune = ROUTER_TUNE if routed else next((e.tune for e in self.experts if e.tune is not None), Tune())
+        first = next((e for e in self.experts if e.tune is not None), None)
+        tune = ROUTER_TUNE if routed else Tune() if first is None or first.tune is None else first.tune
         changed = {"learning_rate": settings.lr, "epochs": settings.epochs, "batch": settings.batch}
         tune = replace(tune, **{name: value for name, value in changed.items() if value is not None})
-        rows = encode_rows(Tokenizer.from_pretrained(self.model_path), self._rows())
+        tokenizer = Tokenizer.from_pretrained(self.model_path)
+        rows = encode_rows(tokenizer, self._rows())
+        texts = first.anchors if first is not None and tune.anchor else ()
+        if tune.anchor and not texts:
+            self.reporter.say(f"{settings.method}: the first run's ledger has no anchor texts; tuned without an anchor")
+            tune = replace(tune, anchor=0.0)
         model = load_model(Model, self.model_path, self.dtype, self.device)
         trainable: Any = None
-        more: dict[str, Any] = {"anchor": 0.0}  # an anchor's texts are a run's own
+        more: dict[str, Any] = {}
         if routed:
             adapters = [load_adapter(expert.adapter, model) for expert in self.experts]
             names = [expert.name for expert in self.experts]
@@ -234,7 +246,7 @@ class Composer:
 
             result = train(
                 model, rows, config, out, base_model=self.base_model, source=self.model_path, on_step=show,
-                trainable=trainable,
+                trainable=trainable, anchors=[list(tokenizer.encode(text)) for text in texts],
             )  # fmt: skip
         keys = ("steps", "tokens", "num_parameters", "num_examples")
         found = {key: result[key] for key in keys} | {"seconds": round(result["seconds"], 1)}
@@ -246,6 +258,8 @@ class Composer:
         }  # fmt: skip
         if routed:
             found["top_k"] = settings.top_k or len(self.experts)
+        else:
+            found["anchor"] = tune.anchor
         return found
 
     def _rows(self) -> list[dict[str, str]]:

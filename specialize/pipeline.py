@@ -37,7 +37,7 @@ from .recipe import INPUTS, YOUNGER, Recipe, write_recipe
 from .records import Example, file_fingerprint, fingerprint, read_seeds, read_tasks
 from .seal import sealed_ledger
 from .share import Donors
-from .synthesize import ANCHOR_SAMPLES, Job, Synthesizer, anchor_jobs, number_of, run_jobs
+from .synthesize import ANCHOR_SAMPLES, Job, Synthesizer, anchor_jobs, anchor_texts, number_of, run_jobs
 from .tune import encode, encode_grouped, encode_rows, epoch_tokens, seed_examples, train, train_config
 from .workers import Spread, WorkerPool
 
@@ -549,14 +549,13 @@ class Run:
         return result
 
     def _anchor_texts(self) -> list[str]:
-        """Texts that the base writes from the openings, two of each."""
+        """Texts that the base writes from the openings."""
         if not self.recipe.tune.anchor:
             return []
         jobs = anchor_jobs(self.recipe)
         with self.reporter.bar("anchor texts", len(jobs) * ANCHOR_SAMPLES) as bar:
             run_jobs(self.generator, jobs, self.ledger, origin=self._origin(None), on_reply=lambda _: bar.advance())
-        replies = self.ledger.replies("anchor", [job.item_id for job in jobs])
-        return [job.prompt + reply.raw for job in jobs for reply in replies[job.item_id]]
+        return anchor_texts(self.recipe, self.ledger)
 
     def _do_teacher(self, _: int) -> dict[str, Any]:
         more = self.synthesizer.seed_rows_with_passages() if self._teacher_reads() else []

@@ -172,6 +172,13 @@ def anchor_jobs(recipe: Recipe) -> list[Job]:
     ]
 
 
+def anchor_texts(recipe: Recipe, ledger: Ledger) -> list[str]:
+    """The anchor's texts as far as the base has written them into the ledger, two of each opening."""
+    jobs = anchor_jobs(recipe)
+    replies = ledger.replies("anchor", [job.item_id for job in jobs])
+    return [job.prompt + reply.raw for job in jobs for reply in replies.get(job.item_id, ())]
+
+
 class Synthesizer:
     """Owns the plan of one run: which candidates there are, their prompts, and the judgement of the replies."""
 

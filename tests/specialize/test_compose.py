@@ -6,12 +6,20 @@ import json
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from specialize.engine.model import Model
+from specialize.engine.tokenizer import Tokenizer
 
 from specialize.cli import main
+from specialize.ledger import Ledger, Reply
+from specialize.pipeline import load_model
 from specialize.progress import Reporter
 from specialize.recipe import Tune, override, read_recipe, write_recipe
 from specialize.records import read_json_lines
 from specialize.standalone import tune_file
+from specialize.synthesize import anchor_jobs
+from specialize.tune import encode_rows, train, train_config
 
 
 def call(capsys, *arguments):
@@ -106,6 +114,44 @@ def test_a_mixture_beside_its_peers(runs, capsys, tmp_path):
     assert scored == {(r["task"], r["metric"]): r["value"] for r in mine}
     code, _, err = call(capsys, "merge", model, out, tmp_path / "merged")
     assert code == 2 and "mixture of experts" in err and err.count("\n") == 1
+
+
+def test_the_pooled_adapter_has_the_first_run_s_anchor(runs, capsys, tmp_path):
+    """Its texts are those in the run's ledger: the weights are those of the loop called with them by hand."""
+    tiny, (one, two) = runs
+    anchored = tmp_path / "anchored"
+    shutil.copytree(one, anchored)
+    recipe, inputs = read_recipe(anchored / "recipe.yaml")
+    recipe = override(recipe, {"tune.anchor": 0.5, "tune.anchor_tokens": 20})
+    write_recipe(recipe, inputs, anchored / "recipe.yaml")
+    call_pooled = ("compose", anchored, two, "--method", "pooled", "--dtype", "fp32", "--no-eval", "--json")
+    code, shown, err = call(capsys, *call_pooled, "--out", tmp_path / "none")
+    assert code == 0 and "has no anchor texts; tuned without an anchor" in err
+    assert json.loads(shown)["made"]["pooled"]["anchor"] == 0.0
+    jobs = anchor_jobs(recipe)
+    with Ledger(anchored / "ledger.sqlite") as ledger:
+        for job in jobs:
+            for n in range(2):
+                ledger.add_reply(Reply(job.reply_id(n), job.item_id, "anchor", n, f" the cat {n}", "length", 3, {}))
+    code, shown, err = call(capsys, *call_pooled, "--out", tmp_path / "pooled")
+    assert code == 0, err
+    assert json.loads(shown)["made"]["pooled"]["anchor"] == 0.5
+    drifts = [json.loads(line) for line in (tmp_path / "pooled" / "metrics.jsonl").read_text().splitlines()]
+    assert drifts[-1]["anchor_loss"] > 0
+    model = load_model(Model, tiny.folder / "model", "fp32", "cpu")
+    tokenizer = Tokenizer.from_pretrained(tiny.folder / "model")
+    seeds = [[row for _, row in read_json_lines(run / "seeds.jsonl", "seeds")] for run in (anchored, two)]
+    rows = [row for members in seeds for row in members * 2]  # as seeds and as what the run has kept
+    config = train_config(recipe.tune, epochs=recipe.tune.epochs, seed=0, max_context=model.config.max_context)
+    texts = [tokenizer.encode(f"{job.prompt} the cat {n}") for job in jobs for n in range(2)]
+    train(
+        model, encode_rows(tokenizer, rows), config, tmp_path / "by-hand", base_model="tiny",
+        anchors=[list(ids) for ids in texts],
+    )  # fmt: skip
+    file = "adapter_model.safetensors"
+    ours, wanted = (load_file(tmp_path / name / file) for name in ("pooled", "by-hand"))
+    assert all(torch.equal(ours[name], wanted[name]) for name in wanted) and ours.keys() == wanted.keys()
+    assert any(not torch.equal(other, wanted[name]) for name, other in load_file(tmp_path / "none" / file).items())
 
 
 def test_what_cannot_be_composed_is_said_in_one_line(runs, capsys, tmp_path):
