@@ -17,12 +17,14 @@ from .records import Seed
 _TYPED_LIST = re.compile(r"^\s*[^<>]+<[^<>]+>(\s*[,;]\s*[^<>]+<[^<>]+>)*\s*\.?\s*$")
 _FIELD = re.compile(r"^([A-Z][\w /()-]{0,30}):\s*(.*)$")
 SENTENCE_WORDS = 60  # inputs longer than this are passages
+LABEL_WORDS = 8  # outputs that come again and again are labels up to this length
 SHORT_WORDS = 8  # inputs shorter than this are terms or questions, which no text yields by cutting
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of seed task. ``form`` of its answers: "entities" (name <Type>, …), "list" (a, b, …), "label" or "text".
+    """A kind of seed task. ``form`` of its answers: "entities" (name <Type>, …), "list" (a, b, …), "label" (one
+    of few outputs that recur among the seeds, `LABEL_WORDS` long at most) or "text".
 
     ``unit`` of its inputs: "sentence" or "passage" (cut from the corpus), "fields" (lines ``Name: value`` of which
     ``material`` is cut from the corpus and the others are written), "written" (by a model, from a passage), "none".
@@ -79,15 +81,35 @@ def _form(seeds: Sequence[Seed]) -> tuple[str, frozenset[str]]:
     outputs = [seed.output for seed in seeds]
     if sum(bool(_TYPED_LIST.match(o)) for o in outputs) >= 0.8 * len(outputs):
         return "entities", frozenset(t.lower() for o in outputs for _, t in entities(o))
-    counts = Counter(normalise(o) for o in outputs)
-    short = all(len(label.split()) <= 3 for label in counts)
-    if short and len(outputs) >= 3 and 2 * len(counts) <= len(outputs) + 1:
-        return "label", frozenset(counts)
+    labels = frozenset(normalise(o) for o in outputs)
+    words = max(len(label.split()) for label in labels)
+    if words <= 3 and _recur(outputs):
+        return "label", labels
     parts = [[name for name, _ in entities(o)] for o in outputs]
     lists = sum(len(p) >= 2 for p in parts) >= 0.4 * len(outputs)
     brief = median([len(name.split()) for p in parts for name in p] or [99]) <= 5
     plain = sum(o.rstrip().endswith((".", "?", "!")) for o in outputs) <= 0.2 * len(outputs)
-    return ("list" if lists and brief and plain else "text"), frozenset()
+    if lists and brief and plain:
+        return "list", frozenset()
+    return ("label", labels) if words <= LABEL_WORDS and _recur(outputs) else ("text", frozenset())
+
+
+def _recur(outputs: Sequence[str]) -> bool:
+    """Whether there are about twice as many outputs as different ones."""
+    return len(outputs) >= 3 and 2 * len({normalise(o) for o in outputs}) <= len(outputs) + 1
+
+
+def taken_as_text(kind: Kind) -> str:
+    """What to tell of a kind whose outputs recur like labels and are taken as free text for their length; else ""."""
+    if kind.form != "text" or not _recur([seed.output for seed in kind.seeds]):
+        return ""
+    outputs = {normalise(seed.output) for seed in kind.seeds}
+    name, longest = " ".join(kind.name.split()), max(len(output.split()) for output in outputs)
+    return (
+        f'kind "{name:.60}": its {len(kind.seeds)} seeds have {len(outputs)} different outputs, as labels have, but '
+        f"one is {longest} words long (without articles) and labels are at most {LABEL_WORDS}; its answers are taken "
+        "as free text. If they are labels, shorten them in the seeds and task files"
+    )
 
 
 def _within(name: str, text: str) -> bool:

@@ -28,7 +28,7 @@ from .errors import InputError
 from .evaluate import EvalReport, System, base_identity, compare, evaluate, telling_examples
 from .export import model_card
 from .files import survey, sweep, write_text
-from .kinds import kinds_of
+from .kinds import kinds_of, taken_as_text
 from .ledger import Item, Ledger, run_lock
 from .log import LOGGER, run_log
 from .metrics import rouge_words
@@ -256,6 +256,9 @@ class Run:
         last = STAGES.index(until)
         with self._opened(redo=redo) as ledger:
             self.ledger = ledger
+            if "instructions" not in ledger.stages():
+                for note in filter(None, map(taken_as_text, self.kinds)):
+                    self.reporter.say(note)
             try:
                 for name in self.stage_names():
                     stage, round = _split(name)

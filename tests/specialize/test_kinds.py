@@ -1,6 +1,6 @@
 import pytest
 
-from specialize.kinds import agreement, consensus, form_fault, kinds_of, split_fields
+from specialize.kinds import agreement, consensus, form_fault, kinds_of, split_fields, taken_as_text
 from specialize.records import Seed
 
 
@@ -45,6 +45,31 @@ def test_chance_agreement_is_how_often_two_labels_of_the_seeds_are_equal():
         assert kind.chance_agreement == pytest.approx(sum(pairs) / len(pairs))
     [ner] = kinds_of(NER)
     assert ner.chance_agreement == 0
+
+
+def labelled(*labels):
+    return make("sort", [(f"{SENTENCE} {i}", labels[i % len(labels)]) for i in range(3 * len(labels))])
+
+
+@pytest.mark.parametrize("words", [1, 3, 4, 8])
+def test_outputs_that_recur_are_labels_up_to_eight_words(words):
+    [kind] = kinds_of(labelled(" ".join(["very"] * (words - 1) + ["good"]), "Bad."))
+    assert kind.form == "label" and "bad" in kind.labels and len(kind.labels) == 2
+    assert taken_as_text(kind) == ""
+    assert form_fault(kind, "bad", SENTENCE) == ""
+    assert form_fault(kind, "very bad", SENTENCE) == "label not among those of the seeds"
+    assert agreement(kind, ["bad", "Bad.", "very good"]) == pytest.approx(1 / 3)  # equal or not, whatever they share
+
+
+def test_longer_outputs_that_recur_are_text_and_it_is_said():
+    [kind] = kinds_of(labelled("The claim is supported by all that the passage says here.", "It is not."))
+    assert kind.form == "text"
+    note = taken_as_text(kind)
+    assert '"sort": its 6 seeds have 2 different outputs' in note and "9 words" in note and "at most 8" in note
+    # lists that come twice are lists, and texts of their own are nothing to speak of
+    [names] = kinds_of(labelled("high blood pressure, low mood", "fever, cough of long standing"))
+    assert names.form == "list"
+    assert not any(map(taken_as_text, kinds_of([*NER, *QA, *SYNONYMS, *TITLE])))
 
 
 def test_fields():

@@ -97,6 +97,18 @@ def test_a_run_stops_after_the_first_wave_s_instructions_or_answers(finished, ti
     assert contents(folder) == contents(finished[0])
 
 
+def test_labels_taken_as_text_are_told_once(tiny, tmp_path, capsys):
+    rows = [json.loads(line) for line in Path(tiny.inputs["seeds"]).read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["output"] = "nobody could say so of an animal that is awake" if number % 2 else "yes"
+    seeds = tmp_path / "seeds.jsonl"
+    seeds.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for _ in range(2):
+        open_run(tiny, tmp_path / "run", "retrieval.mode='off'", seeds=str(seeds)).execute(until="instructions")
+    assert capsys.readouterr().err.count("different outputs, as labels have, but one is") == 1
+    assert (tmp_path / "run" / "run.log").read_text().count("answers are taken as free text") == 1
+
+
 VARIANT = (
     "dora=true",
     "init=pissa",
