@@ -70,7 +70,8 @@ def _read(folder: Path) -> dict[str, Any]:
         found = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
         recipe = read_yaml(folder / "recipe.yaml")
         systems = found["systems"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        _ = found["comparisons"], recipe["name"], recipe["seed"], recipe["inputs"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{folder}: eval.json or recipe.yaml cannot be read ({' '.join(str(error).split())})"
         ) from None

@@ -22,7 +22,7 @@ from typing import Any
 from . import tally
 from .errors import InputError
 from .files import Artefact
-from .sqlite_reader import Connection, stored_json, stored_object
+from .sqlite_reader import Connection, check_numbers, stored_json, stored_object
 
 _FORMAT = 2  # 1 had no tallies
 SCHEMA = """
@@ -44,6 +44,9 @@ CREATE TABLE IF NOT EXISTS artefacts (
   path TEXT PRIMARY KEY, stage TEXT NOT NULL, bytes INTEGER NOT NULL, sha256 TEXT NOT NULL);
 """
 
+
+# Of what stages note, the numbers that others count with.
+_NUMBERS = ("tokens", "wanted_tokens", "seconds", "held_out_loss", "passages", "recall_at_10")
 
 # What SQLite says when the place, not the file, is at fault.
 _NOT_ITS_FAULT = ("full", "readonly", "disk I/O", "unable to open", "locked")
@@ -185,7 +188,10 @@ class Ledger:
 
     def stages(self) -> dict[str, Stage]:
         rows = self._db.execute("SELECT name, fingerprint, settings, done, seconds, info FROM stages ORDER BY rowid")
-        return {r[0]: Stage(r[0], r[1], stored_object(r[2]), bool(r[3]), r[4], stored_object(r[5])) for r in rows}
+        found = {r[0]: Stage(r[0], r[1], stored_object(r[2]), bool(r[3]), r[4], stored_object(r[5])) for r in rows}
+        for name, stage in found.items():
+            check_numbers(f"stage {name}", stage.info, _NUMBERS)
+        return found
 
     def begin_stage(self, name: str, fingerprint: str, settings: dict[str, Any]) -> None:
         self._db.execute(
@@ -255,7 +261,10 @@ class Ledger:
             f"provenance FROM items WHERE {' AND '.join(where)} ORDER BY id",
             values,
         )
-        return [Item(*row[:12], provenance=stored_object(row[12])) for row in rows]
+        found = [Item(*row[:12], provenance=stored_object(row[12])) for row in rows]
+        for item in found:
+            check_numbers(f"item {item.id}", item.provenance, ("number",))
+        return found
 
     def item_ids(self, *, round: int | None = None) -> set[str]:
         rows = self._db.execute("SELECT id FROM items WHERE ? IS NULL OR round = ?", (round, round))
@@ -323,7 +332,9 @@ class Ledger:
         )
         for row in rows:
             if wanted is None or row[1] in wanted:
-                found.setdefault(row[1], []).append(Reply(*row[:7], provenance=stored_object(row[7])))
+                provenance = stored_object(row[7])
+                check_numbers(f"reply {row[0]}", provenance, ("number",))
+                found.setdefault(row[1], []).append(Reply(*row[:7], provenance=provenance))
         return found
 
     def reply_ids(self, purpose: str) -> set[str]:

@@ -655,11 +655,11 @@ class Run:
         """Make the candidates of a wave; returns how many it has. The plan is fixed when the wave begins."""
         ledger, maker = self.ledger, self.synthesizer
         key = f"wave-{wave}"
-        plan = ledger.meta(key)
+        plan = self._wave_plan(wave)
         if plan is None:
             starts = dict.fromkeys(missing, 0)
             for earlier in range(wave):
-                for source, (_, stop) in ledger.meta(f"wave-{earlier}").items():
+                for source, (_, stop) in (self._wave_plan(earlier) or {}).items():
                     starts[source] = max(starts.get(source, 0), stop)
             plan = {s: (starts[s], starts[s] + n) for s, n in maker.plan_wave(wave, missing).items()}
             ledger.set_meta(key, plan)
@@ -708,6 +708,21 @@ class Run:
             with ledger.transaction():
                 ledger.add_items(maker.drafted(wave, source, ordered, dedupe))
         return sum(stop - start for start, stop in plan.values()) if num_direct or asked else 0
+
+    def _wave_plan(self, wave: int) -> dict[str, Any] | None:
+        """By source, the first number of a wave's candidates and the one after the last; None before it has begun."""
+        plan = self.ledger.meta(f"wave-{wave}")
+        sources = set(self.synthesizer.targets())
+        if plan is not None and not (
+            isinstance(plan, dict)
+            and plan.keys() <= sources
+            and all(isinstance(p, list) and len(p) == 2 and {type(n) for n in p} == {int} for p in plan.values())
+        ):
+            raise InputError(
+                f"{self.ledger.path}: the ledger is damaged (the plan of wave {wave + 1} is none); choose another "
+                "--out folder"
+            )
+        return plan
 
     def _origin(self, adapter: str | None) -> dict[str, Any]:
         return {"model": str(self.inputs["model"]), "adapter": adapter}
@@ -880,7 +895,7 @@ class Run:
         ):
             found = teacher.info | {"adapter_path": str(self.folder / "teacher"), "same_as": "teacher"}
         elif taken := self._taken_over(
-            "control", accept=lambda info: info["wanted_tokens"] == wanted and "same_as" not in info
+            "control", accept=lambda info: info.get("wanted_tokens") == wanted and "same_as" not in info
         ):
             found = taken
         else:

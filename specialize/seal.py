@@ -68,6 +68,8 @@ def check_seal(path: Path) -> list[str] | None:
     if rest != f"{hashlib.sha256(body).hexdigest()}\n".encode():
         return [f"{SEAL} is damaged: its content is not the one it was written with"]
     sealed = json.loads(body)
+    if not isinstance(sealed, dict) or not {"format", "bytes", "sha256", "tables"} <= sealed.keys():
+        return [f"{SEAL} is damaged: it does not say what a seal says"]
     if sealed["format"] != _FORMAT:
         return [f"{SEAL} has format {sealed['format']}, this version reads {_FORMAT}"]
     if not path.is_file():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -80,9 +80,29 @@ def stored_json(text: Any) -> Any:
         raise InputError(f"the ledger is damaged (a value is no JSON: {error}); choose another --out folder") from None
 
 
-def stored_object(text: Any) -> dict[str, Any]:
+class StoredObject(dict[str, Any]):
+    """A JSON object of the ledger: who asks for what every run writes and does not find it has a damaged ledger."""
+
+    def __missing__(self, key: str) -> Any:
+        raise InputError(
+            f'the ledger is damaged (an object has no "{key}", only: {", ".join(self) or "nothing"}); '
+            "choose another --out folder"
+        )
+
+
+def stored_object(text: Any) -> StoredObject:
     """The value of a column that holds a JSON object."""
     value = stored_json(text)
     if not isinstance(value, dict):
         raise InputError("the ledger is damaged (a value is no JSON object); choose another --out folder")
-    return value
+    return StoredObject(value)
+
+
+def check_numbers(owner: str, values: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raises InputError where one of the values with these names is there and no number."""
+    for name in names:
+        if name in values and type(values[name]) not in (int, float):
+            raise InputError(
+                f'the ledger is damaged ("{name}" of {owner} is a {type(values[name]).__name__}, not a number); '
+                "choose another --out folder"
+            )

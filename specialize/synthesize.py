@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from . import filter as rules
+from .errors import InputError
 from .kinds import Kind, agreement, consensus, split_fields
 from .ledger import Item, Ledger, Reply
 from .metrics import entities, normalise
@@ -240,7 +241,12 @@ class Synthesizer:
             rows = self.remember(
                 f"materials-{key}", lambda: [(m.text, m.document_id) for m in self._cut_materials(kind)]
             )
-            self._materials[key] = [Material(*row) for row in rows]
+            try:
+                self._materials[key] = [Material(*row) for row in rows]
+            except TypeError:
+                raise InputError(
+                    f"the ledger is damaged (materials-{key} is no list of texts); choose another --out folder"
+                ) from None
         return self._materials[key]
 
     def _cut_materials(self, kind: Kind | None) -> list[Material]:

@@ -100,6 +100,28 @@ def test_not_a_ledger(tmp_path):
         Ledger(path)
 
 
+def test_objects_without_what_every_run_writes(tmp_path):
+    with Ledger(tmp_path / "l") as ledger:
+        ledger.begin_stage("tune", "f", {})
+        ledger.end_stage("tune", {"steps": 3})
+        ledger.add_items([item(1, provenance={"number": 1}), item(2)])
+        stage = ledger.stages()["tune"]
+        assert (stage.info["steps"], stage.info.get("tokens"), "tokens" in stage.info) == (3, None, False)
+        assert stage.info == {"steps": 3} and type(stage.info | {"a": 1}) is dict
+        with pytest.raises(InputError, match='an object has no "tokens", only: steps'):
+            stage.info["tokens"]
+        first, second = ledger.items()
+        assert first.provenance["number"] == 1
+        with pytest.raises(InputError, match='no "number", only: nothing'):
+            second.provenance["number"]
+        ledger.add_items([item(3, provenance={"number": "three"})])
+        with pytest.raises(InputError, match='"number" of item r1-k00-000003 is a str, not a number'):
+            ledger.items()
+        ledger.end_stage("tune", {"tokens": [1]})
+        with pytest.raises(InputError, match='"tokens" of stage tune is a list, not a number'):
+            ledger.stages()
+
+
 def test_second_process_is_refused(tmp_path):
     code = "import sys, pathlib; from specialize.ledger import run_lock\nwith run_lock(pathlib.Path(sys.argv[1])): pass"
     with run_lock(tmp_path):

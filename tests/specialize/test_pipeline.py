@@ -1,5 +1,6 @@
 """A whole run on a tiny domain: resumed after kills, redone when settings change, refused when they clash."""
 
+import hashlib
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from specialize import pipeline
+from specialize import cli, pipeline
 from specialize.errors import InputError
 from specialize.export import export
 from specialize.ledger import Ledger, run_lock
@@ -22,6 +23,7 @@ from specialize.progress import Reporter
 from specialize.prompts import openings
 from specialize.recipe import override, read_recipe
 from specialize.records import Seed, file_fingerprint
+from specialize.seal import SEAL, sealed_ledger
 from specialize.standalone import systems_table
 from specialize.synthesize import ANCHOR_SAMPLES
 
@@ -107,6 +109,54 @@ def test_labels_taken_as_text_are_told_once(tiny, tmp_path, capsys):
         open_run(tiny, tmp_path / "run", "retrieval.mode='off'", seeds=str(seeds)).execute(until="instructions")
     assert capsys.readouterr().err.count("different outputs, as labels have, but one is") == 1
     assert (tmp_path / "run" / "run.log").read_text().count("answers are taken as free text") == 1
+
+
+def without(key):
+    def change(ledger, stage):
+        found = dict(ledger.stages()[stage].info)
+        del found[key]
+        ledger.end_stage(stage, found)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("command", "stage", "change", "says"),
+    [
+        ("run", "tune", without("tokens"), 'an object has no "tokens"'),
+        ("run", "control", without("adapter_path"), 'an object has no "adapter_path"'),
+        ("run", "control", without("wanted_tokens"), 'an object has no "wanted_tokens"'),
+        ("compare", "tune", without("tokens"), 'an object has no "tokens"'),
+        ("report", "tune", lambda ledger, stage: ledger.end_stage(stage, {"tokens": "x"}), '"tokens" of stage tune is'),
+        ("redo", "wave-0", lambda ledger, key: ledger.set_meta(key, {"elsewhere": 3}), "the plan of wave 1 is none"),
+        ("redo", "wave-0", lambda ledger, key: ledger.set_meta(key, [3]), "the plan of wave 1 is none"),
+        ("redo", "materials-0", lambda ledger, key: ledger.set_meta(key, [3]), "materials-0 is no list of texts"),
+    ],
+)
+def test_a_ledger_s_objects_with_wrong_keys_are_one_line(finished, tmp_path, capsys, command, stage, change, says):
+    """Sealed and hashed as they are, so that only what they say is wrong."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    with sealed_ledger(folder / "ledger.sqlite") as ledger:
+        change(ledger, stage)
+        if command == "redo":
+            ledger.forget_stages(["instructions", "responses", "filter", "tune", "control"])
+    arguments = {
+        "compare": ["report", folder, finished[0], "--out", tmp_path / "page.html"], "report": ["report", folder],
+    }.get(command, ["run", "--out", folder])  # fmt: skip
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([str(argument) for argument in arguments] + ["--quiet"])
+    lines = capsys.readouterr().err.splitlines()
+    assert says in lines[-1] and lines[-1].startswith("specialize: ")
+    assert not any("Traceback" in line for line in lines)
+
+
+@pytest.mark.parametrize("body", ["{}", "[]", '{"format": 1}'])
+def test_a_seal_that_says_nothing_is_damaged(finished, tmp_path, body):
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "run" / SEAL).write_text(f"{body}\n{hashlib.sha256(body.encode()).hexdigest()}\n")
+    with pytest.raises(InputError, match=r"ledger\.seal is damaged"), sealed_ledger(tmp_path / "run" / "ledger.sqlite"):
+        pass
 
 
 VARIANT = (
