@@ -186,9 +186,8 @@ def _same(generator: Generator, number: int, seed: int, first: Completion) -> bo
     [again] = generator.run([request])
     model, tokenizer = generator.model, generator.tokenizer
     ends = (*model.config.eos_token_ids, *(tokenizer.eos_ids if tokenizer else ()))
-    naive = naive_generate(
-        model, request.prompt_ids, request.params, tokenizer=tokenizer, eos_ids=ends, request_id=number
-    )
+    prompt_ids = list(request.prompt_ids)
+    naive = naive_generate(model, prompt_ids, request.params, tokenizer=tokenizer, eos_ids=ends, request_id=number)
     return all((c.token_ids, c.text, c.finish_reason) == (first.token_ids, first.text, first.finish_reason)
                for c in (again, naive))  # fmt: skip
 
