@@ -27,17 +27,14 @@ from typing import Any
 import torch
 
 from . import cpu
-from .dispatch import bad_argument, choose_backend, tl, triton
-from .spec import Case, CompileCase, KernelSpec
-from .tuning import tuned_config
+from .dispatch import bad_argument, choose_backend
+from .sampling_triton import compile_cases, sample_triton, tuning
+from .spec import Case, KernelSpec
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_2 = 0x94D049BB133111EB - (1 << 64)
 
-# The Triton kernel's candidates: at least this times as probable as the most probable token; at most so many blocks.
-_FLOOR = 2.0**-16
-_CAPACITY = 4
 # Candidates are sorted, not the vocabulary: those above the first floor, or where they do not suffice the next.
 _CANDIDATE_FLOORS = (1e-4, 1e-6, 0.0)
 
@@ -205,300 +202,6 @@ def _draw(penalised, rows, keys, steps, temperature, top_k, top_p, min_p) -> tor
     return chosen
 
 
-@triton.jit
-def _mix64_scalar(z):
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
-    return z ^ (z >> 31)
-
-
-@triton.jit
-def _load_penalised(logits, seen, penalty, start, vocab_size, HAS_PENALTY: tl.constexpr, BLOCK: tl.constexpr):
-    """Logits of one block as given and after the penalty, in fp32; -inf past the end. Shape [1, BLOCK]."""
-    ids = start + tl.arange(0, BLOCK)[None, :]
-    raw = tl.load(logits + ids, mask=ids < vocab_size, other=float("-inf")).to(tl.float32)
-    value = raw
-    if HAS_PENALTY:
-        hit = tl.load(seen + ids, mask=ids < vocab_size, other=0) != 0
-        value = tl.where(hit, tl.where(raw > 0, raw / penalty, raw * penalty), raw)
-    return ids, raw, value
-
-
-@triton.jit
-def _load_exps(
-    logits, seen, penalty, peak, inverse_t, start, size, few, few_exps, HAS_PENALTY: tl.constexpr, BLOCK: tl.constexpr
-):
-    """e = exp((l - peak) / temperature) of one block, 0 past the end, and its bits, which order as e does.
-
-    With ``few`` the blocks are of the row's candidates, stored earlier, and ``size`` is their number.
-    """
-    places = start + tl.arange(0, BLOCK)[None, :]
-    if few:
-        exps = tl.load(few_exps + places, mask=places < size, other=0.0)
-    else:
-        _, _, value = _load_penalised(logits, seen, penalty, start, size, HAS_PENALTY, BLOCK)
-        exps = tl.exp((value - peak) * inverse_t)
-        exps = tl.where(exps >= 0, exps, 0.0)
-    return places, exps, exps.to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def _store_candidates(
-    logits, seen, penalty, peak, inverse_t, vocab_size, few_exps, few_ids,
-    HAS_PENALTY: tl.constexpr, BLOCK: tl.constexpr, FLOOR: tl.constexpr, CAPACITY: tl.constexpr,
-):  # fmt: skip
-    """Stores the tokens with e ≥ FLOOR, in order of id; returns their number and mass and the mass of the row.
-
-    Past CAPACITY of them the rest is left out, which the number tells.
-    """
-    found = tl.full([], 0, tl.int32)
-    lane_total = tl.zeros([1, BLOCK], tl.float32)
-    lane_few = tl.zeros([1, BLOCK], tl.float32)
-    for start in range(0, vocab_size, BLOCK):
-        ids, exps, _ = _load_exps(
-            logits, seen, penalty, peak, inverse_t, start, vocab_size, False, few_exps, HAS_PENALTY, BLOCK
-        )
-        hit = (exps >= FLOOR) & (ids < vocab_size)
-        count = hit.to(tl.int32)
-        place = found + tl.cumsum(count, axis=1) - count
-        tl.store(few_exps + place, exps, mask=hit & (place < CAPACITY))
-        tl.store(few_ids + place, ids, mask=hit & (place < CAPACITY))
-        found += tl.sum(count)
-        lane_total += exps
-        lane_few += tl.where(hit, exps, 0.0)
-    # The candidates are read back by other threads than those that stored them.
-    tl.debug_barrier()
-    return found, tl.sum(lane_few), tl.sum(lane_total)
-
-
-@triton.jit
-def _search(
-    logits, seen, penalty, peak, inverse_t, size, few, few_exps, goal, by_count,
-    HAS_PENALTY: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The cut (bits, num_equals) of the fewest highest-ranked tokens whose count or mass reaches ``goal``.
-
-    Kept are tokens of more bits and the first ``num_equals`` of just these bits. Also returns how many have these
-    bits and the mass kept. Eight thresholds a pass, three bits of the answer: ten passes over the candidates, or a
-    row in L2.
-    """
-    digits = tl.arange(0, 8)[:, None]
-    cut = tl.full([], 0, tl.int32)
-    for place in range(10):
-        shift = 27 - 3 * place
-        sums = tl.zeros([8, BLOCK], tl.float32)
-        for start in range(0, size, BLOCK):
-            _, exps, bits = _load_exps(
-                logits, seen, penalty, peak, inverse_t, start, size, few, few_exps, HAS_PENALTY, BLOCK
-            )
-            weight = tl.where(by_count, 1.0, exps)
-            sums += tl.where(bits >= cut + (digits << shift), weight, 0.0)
-        reached = tl.sum(sums, axis=1)[:, None] >= goal
-        cut += tl.max(tl.where(reached, digits, 0)) << shift
-    above_mass = tl.zeros([1, BLOCK], tl.float32)
-    above_count = tl.zeros([1, BLOCK], tl.float32)
-    equal_count = tl.zeros([1, BLOCK], tl.float32)
-    for start in range(0, size, BLOCK):
-        _, exps, bits = _load_exps(
-            logits, seen, penalty, peak, inverse_t, start, size, few, few_exps, HAS_PENALTY, BLOCK
-        )
-        above_mass += tl.where(bits > cut, exps, 0.0)
-        above_count += tl.where(bits > cut, 1.0, 0.0)
-        equal_count += tl.where(bits == cut, 1.0, 0.0)
-    mass = tl.sum(above_mass)
-    equals = tl.sum(equal_count)
-    value = cut.to(tl.float32, bitcast=True)
-    missing = tl.where(by_count, goal - tl.sum(above_count), tl.ceil((goal - mass) / tl.maximum(value, 1e-37)))
-    kept = tl.minimum(tl.maximum(missing, 1.0), equals)
-    return cut, kept, equals, mass + kept * value
-
-
-@triton.jit
-def _load_kept(
-    logits, seen, penalty, peak, inverse_t, start, size, few, few_exps,
-    cut, num_equals, ranked, equals_before, least, HAS_PENALTY: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One block's e with all but the kept tokens zeroed, its places and its number of tokens that equal the cut."""
-    places, exps, bits = _load_exps(
-        logits, seen, penalty, peak, inverse_t, start, size, few, few_exps, HAS_PENALTY, BLOCK
-    )
-    equal = tl.where((bits == cut) & (places < size), 1.0, 0.0)
-    kept = bits >= cut
-    if ranked:
-        rank = equals_before + tl.cumsum(equal, axis=1) - equal
-        kept = kept & ((bits > cut) | (rank < num_equals))
-    return places, tl.where(kept & (exps >= least), exps, 0.0), tl.sum(equal)
-
-
-@triton.jit
-def sampling_kernel(
-    logits,
-    seen,
-    keys,
-    steps,
-    temperatures,
-    top_ks,
-    top_ps,
-    min_ps,
-    penalties,
-    token_ids,
-    logprobs,
-    few_exps,
-    few_ids,
-    vocab_size,
-    logits_stride,
-    seen_stride,
-    HAS_PENALTY: tl.constexpr,
-    BLOCK: tl.constexpr,
-    NUM_BLOCKS: tl.constexpr,
-    FLOOR: tl.constexpr,
-    CAPACITY: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    logits += row * logits_stride
-    penalty = 1.0
-    if HAS_PENALTY:
-        seen += row * seen_stride
-        penalty = tl.load(penalties + row)
-
-    # Running maximum and sum of each lane, so that blocks meet only once, at the end.
-    lane_max = tl.full([1, BLOCK], -1e38, tl.float32)
-    lane_sum = tl.zeros([1, BLOCK], tl.float32)
-    lane_best = tl.full([1, BLOCK], float("-inf"), tl.float32)
-    lane_id = tl.full([1, BLOCK], 0, tl.int32)
-    for start in range(0, vocab_size, BLOCK):
-        ids, raw, value = _load_penalised(logits, seen, penalty, start, vocab_size, HAS_PENALTY, BLOCK)
-        larger = tl.maximum(lane_max, raw)
-        lane_sum = lane_sum * tl.exp(lane_max - larger) + tl.exp(raw - larger)
-        lane_max = larger
-        lane_id = tl.where(value > lane_best, ids, lane_id)
-        lane_best = tl.maximum(lane_best, value)
-    raw_max = tl.max(lane_max)
-    raw_sum = tl.sum(lane_sum * tl.exp(lane_max - raw_max))
-    peak = tl.max(lane_best)
-    chosen = tl.min(tl.where(lane_best == peak, lane_id, vocab_size - 1))
-
-    temperature = tl.load(temperatures + row)
-    if temperature > 0:
-        inverse_t = 1.0 / temperature
-        top_k = tl.load(top_ks + row)
-        top_p = tl.load(top_ps + row)
-        least = tl.load(min_ps + row)
-        cut = tl.full([], 0, tl.int32)
-        num_equals = tl.full([], 0.0, tl.float32)
-        equals = tl.full([], 0.0, tl.float32)
-        few = row < 0
-        size = tl.full([], 0, tl.int32) + vocab_size
-        by_count = (top_k > 0) & (top_k < vocab_size)
-        if by_count | (top_p < 1):
-            few_exps += row * CAPACITY
-            few_ids += row * CAPACITY
-            found, mass, total = _store_candidates(
-                logits,
-                seen,
-                penalty,
-                peak,
-                inverse_t,
-                vocab_size,
-                few_exps,
-                few_ids,
-                HAS_PENALTY,
-                BLOCK,
-                FLOOR,
-                CAPACITY,
-            )
-            # Where the candidates hold all that is kept, nothing below looks at the row again. A row without a single
-            # number has no candidates: its ids were never written.
-            few = (found > 0) & (found <= CAPACITY) & tl.where(by_count, found >= top_k, mass >= top_p * total)
-            size = tl.where(few, found, vocab_size)
-            if by_count:
-                cut, num_equals, equals, total = _search(
-                    logits, seen, penalty, peak, inverse_t, size, few, few_exps, top_k.to(tl.float32), True,
-                    HAS_PENALTY, BLOCK,
-                )  # fmt: skip
-            if top_p < 1:
-                p_cut, p_num_equals, p_equals, _ = _search(
-                    logits, seen, penalty, peak, inverse_t, size, few, few_exps, top_p * total, False,
-                    HAS_PENALTY, BLOCK,
-                )  # fmt: skip
-                if p_cut > cut:
-                    cut = p_cut
-                    num_equals = p_num_equals
-                    equals = p_equals
-                elif p_cut == cut:
-                    num_equals = tl.where(equals > 0, tl.minimum(num_equals, p_num_equals), p_num_equals)
-                    equals = p_equals
-        ranked = num_equals < equals
-
-        block_ids = tl.arange(0, NUM_BLOCKS)
-        sums = tl.zeros([NUM_BLOCKS], tl.float32)
-        befores = tl.zeros([NUM_BLOCKS], tl.float32)
-        before = tl.full([], 0.0, tl.float32)
-        for start in range(0, size, BLOCK):
-            _, exps, count = _load_kept(
-                logits, seen, penalty, peak, inverse_t, start, size, few, few_exps,
-                cut, num_equals, ranked, before, least, HAS_PENALTY, BLOCK,
-            )  # fmt: skip
-            sums = tl.where(block_ids == start // BLOCK, tl.sum(exps), sums)
-            befores = tl.where(block_ids == start // BLOCK, before, befores)
-            before += count
-        running = tl.cumsum(sums, axis=0)
-        bits = _mix64_scalar(
-            _mix64_scalar(tl.load(keys + row).to(tl.uint64, bitcast=True))
-            + (tl.load(steps + row) + 1).to(tl.uint64, bitcast=True) * 0x9E3779B97F4A7C15
-        )
-        target = (bits >> 11).to(tl.float64) * 1.1102230246251565e-16 * tl.max(running).to(tl.float64)
-        block = tl.sum((running.to(tl.float64) <= target).to(tl.int32))
-        base = tl.sum(tl.where(block_ids == block - 1, running, 0.0)).to(tl.float64)
-        before = tl.sum(tl.where(block_ids == block, befores, 0.0))
-        places, exps, _ = _load_kept(
-            logits, seen, penalty, peak, inverse_t, block * BLOCK, size, few, few_exps,
-            cut, num_equals, ranked, before, least, HAS_PENALTY, BLOCK,
-        )  # fmt: skip
-        passed = (base + tl.cumsum(exps, axis=1).to(tl.float64) > target) & (exps > 0)
-        first = tl.min(tl.where(passed, places, size))
-        # Rounding may let the block's own running sum end short of the target: then its last kept token is drawn.
-        last = tl.max(tl.where(exps > 0, places, 0))
-        chosen = tl.where(first < size, first, last)
-        if few:
-            chosen = tl.load(few_ids + chosen)
-    tl.store(token_ids + row, chosen.to(tl.int64))
-    tl.store(logprobs + row, tl.load(logits + chosen).to(tl.float32) - raw_max - tl.log(raw_sum))
-
-
-def _config(vocab_size: int) -> dict[str, int]:
-    block = min(2048, max(32, triton.next_power_of_2(vocab_size)))
-    return {"block": block, "num_warps": 16 if block == 2048 else 8}
-
-
-def _bucket(vocab_size: int) -> str:
-    return str(triton.next_power_of_2(vocab_size))
-
-
-def _sample_triton(logits, keys, steps, temperature, top_k, top_p, min_p, repetition_penalty, seen):
-    num_rows, vocab_size = logits.shape
-    if logits.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise bad_argument("sample", "logits", logits.dtype, "float32, float16 or bfloat16 with backend 'triton'")
-    if logits.stride(1) != 1:
-        logits = logits.contiguous()
-    has_penalty = seen is not None
-    marks = logits if seen is None else (seen if seen.stride(1) == 1 else seen.contiguous()).view(torch.uint8)
-    token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
-    logprobs = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
-    config = tuned_config("sample", _bucket(vocab_size), _config(vocab_size))
-    capacity = _CAPACITY * config["block"]
-    few_exps = torch.empty((num_rows, capacity), dtype=torch.float32, device=logits.device)
-    few_ids = torch.empty((num_rows, capacity), dtype=torch.int32, device=logits.device)
-    sampling_kernel[(num_rows,)](
-        logits, marks, keys.to(torch.int64), steps.to(torch.int64), temperature.float(),
-        top_k.to(torch.int32), top_p.float(), min_p.float(), repetition_penalty.float() if has_penalty else temperature,
-        token_ids, logprobs, few_exps, few_ids, vocab_size, logits.stride(0), marks.stride(0),
-        HAS_PENALTY=has_penalty, BLOCK=config["block"], FLOOR=_FLOOR, CAPACITY=capacity,
-        NUM_BLOCKS=triton.next_power_of_2(triton.cdiv(vocab_size, config["block"])), num_warps=config["num_warps"],
-    )  # fmt: skip
-    return token_ids, logprobs
-
-
 @functools.cache
 def _cpp_function():
     function = cpu.load("sampling").sample_rows
@@ -573,7 +276,7 @@ def sample(
     name = choose_backend("sample", logits, backend, ("torch", "triton", "cpp"), cpu_default)
     if logits.shape[0] == 0:
         return keys.to(torch.int64), temperature.float()
-    run = {"torch": _sample_torch, "triton": _sample_triton, "cpp": _sample_cpp}[name]
+    run = {"torch": _sample_torch, "triton": sample_triton, "cpp": _sample_cpp}[name]
     return run(logits, keys, steps, temperature, top_k, top_p, min_p, repetition_penalty, seen)
 
 
@@ -597,50 +300,6 @@ def _make_inputs(case: Case, device: str, dtype: torch.dtype, seed: int) -> dict
         inputs["repetition_penalty"] = each(case["penalty"], torch.float32)
         inputs["seen"] = torch.rand(num_rows, vocab_size, generator=generator, device=device) < 0.2
     return inputs
-
-
-def _compile_cases(target: int) -> list[CompileCase]:
-    cases = []
-    for vocab_size, has_penalty in ((50432, False), (50432, True), (151936, False)):
-        config = tuned_config("sample", _bucket(vocab_size), _config(vocab_size))
-        cases.append(
-            CompileCase(
-                f"V={vocab_size}{' penalty' if has_penalty else ''}",
-                sampling_kernel,
-                {
-                    "logits": "*fp32",
-                    "seen": "*u8",
-                    "keys": "*i64",
-                    "steps": "*i64",
-                    "temperatures": "*fp32",
-                    "top_ks": "*i32",
-                    "top_ps": "*fp32",
-                    "min_ps": "*fp32",
-                    "penalties": "*fp32",
-                    "token_ids": "*i64",
-                    "logprobs": "*fp32",
-                    "few_exps": "*fp32",
-                    "few_ids": "*i32",
-                    **dict.fromkeys(("vocab_size", "logits_stride", "seen_stride"), "i32"),
-                },
-                {
-                    "HAS_PENALTY": has_penalty,
-                    "BLOCK": config["block"],
-                    "NUM_BLOCKS": triton.next_power_of_2(triton.cdiv(vocab_size, config["block"])),
-                    "FLOOR": _FLOOR,
-                    "CAPACITY": _CAPACITY * config["block"],
-                },
-                num_warps=config["num_warps"],
-                attrs=dict.fromkeys(("vocab_size", "logits_stride", "seen_stride"), 16),
-            )
-        )
-    return cases
-
-
-def _tuning(case: Case) -> tuple[str, list[dict[str, int]]]:
-    return _bucket(case["V"]), [
-        {"block": b, "num_warps": w} for b in (1024, 2048, 4096, 8192) for w in (8, 16, 32) if 2 <= b // (32 * w) <= 16
-    ]
 
 
 _EXACT = {"check": "reference", "dtype": "fp32"}
@@ -667,7 +326,7 @@ SPEC = KernelSpec(
     ),
     bytes=lambda case: case["B"] * case["V"] * 4,
     flops=lambda case: 4 * case["B"] * case["V"],
-    compile_cases=_compile_cases,
+    compile_cases=compile_cases,
     peers={"torch": lambda **inputs: sample(**inputs, backend="torch")},
-    tuning=_tuning,
+    tuning=tuning,
 )

@@ -182,8 +182,10 @@ def test_configurations_agree():
     inputs = SPEC.make_inputs(
         {"B": 2, "V": 500, "temperature": 0.8, "top_k": 40, "top_p": 0.8}, "cpu", torch.float32, 5
     )
-    for block in (64, 256, 512):
-        with tuning.override("sample", "512", {"block": block, "num_warps": 4}):
+    for segment, levels in ((64, 16), (256, 8), (512, 4)):
+        with tuning.override(
+            "sample", "512", {"segment": segment, "num_warps": 4, "levels": levels, "lanes": 64, "row_warps": 8}
+        ):
             assert_same(sample(**inputs, backend="triton"), sample_reference(**inputs))
 
 
