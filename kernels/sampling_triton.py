@@ -113,7 +113,8 @@ def scan_kernel(
             at = _in_levels(largest, inverse_t, 16 // LEVELS)
             least = tl.exp2((tl.ceil(at) - at - 1.0 - levels) * (16 // LEVELS))
             weight = tl.where(by_count, 1.0, exps)
-            reached = tl.sum(tl.where(exps[None, :] >= least[:, None], weight[None, :], 0.0), axis=1)
+            # A product, not a choice: one comparison and one multiply-add for each level.
+            reached = tl.sum((exps[None, :] >= least[:, None]).to(tl.float32) * weight[None, :], axis=1)
             tl.store(stats + (FIELDS + levels) * SEGMENTS, reached)
 
 
@@ -227,14 +228,15 @@ def _search(
     while (shift > 0) & (((high - low) >> shift) == 0):
         shift -= 3
     while shift >= 0:
+        limits = (cut + (digits << shift)).to(tl.float32, bitcast=True)
         sums = tl.zeros([8, LANES], tl.float32)
         for start in range(0, size, step):
-            exps, bits = _search_block(
+            exps, _ = _search_block(
                 logits, seen, penalty, peak, inverse_t, start, vocab_size, few, few_exps, column, found,
                 HAS_PENALTY, LANES,
             )  # fmt: skip
             weight = tl.where(by_count, 1.0, exps)
-            sums += tl.where(bits[None, :] >= cut + (digits << shift), weight[None, :], 0.0)
+            sums += (exps[None, :] >= limits).to(tl.float32) * weight[None, :]
         reached = tl.sum(sums, axis=1)[:, None] >= goal
         cut += tl.max(tl.where(reached, digits, 0)) << shift
         shift -= 3
