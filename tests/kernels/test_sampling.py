@@ -189,6 +189,19 @@ def test_configurations_agree():
             assert_same(sample(**inputs, backend="triton"), sample_reference(**inputs))
 
 
+@pytest.mark.parametrize("spread", [0.02, 0.4, 1.0, 3.0])
+def test_cuts_across_segments(spread):
+    # From nearly flat, where what brackets the cut overflows a segment's room and the row is searched, to peaked.
+    rows = [SPEC.make_inputs({"B": 1, "V": 900, **s}, "cpu", torch.float32, n) for n, s in enumerate(SETTINGS[:10])]
+    inputs = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+    inputs["logits"] = inputs["logits"] * spread
+    inputs["logits"][::3] = inputs["logits"][::3].bfloat16().float()  # equal logits in many segments
+    config = {"segment": 128, "num_warps": 4, "levels": 16, "lanes": 128, "row_warps": 4}
+    with tuning.override("sample", "1024", config), poisoned():
+        ours = sample(**inputs, backend="triton")
+    assert_same(ours, sample_reference(**inputs))
+
+
 @pytest.mark.parametrize(
     ("change", "argument"),
     [
