@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -173,12 +174,18 @@ def _padding(size: int, table_width: int, has_prefixes: bool) -> dict[str, np.nd
     return padding
 
 
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all recordings: the library of products keeps a workspace of 32 MiB for each stream it ever ran on."""
+    return torch.cuda.Stream(device)
+
+
 def record(
     step: Callable[[], tuple[torch.Tensor, ...]], model: Model, pool: Any
 ) -> tuple[Any, tuple[torch.Tensor, ...]]:
     """A CUDA graph of the step, and the tensors that it leaves its results in."""
     # Compiles kernels and fills caches of libraries, neither of which may happen while recording.
-    stream = torch.cuda.Stream(model.device)
+    stream = _side_stream(model.device)
     stream.wait_stream(torch.cuda.current_stream(model.device))
     with torch.cuda.stream(stream):
         for _ in range(2):

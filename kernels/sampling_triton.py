@@ -409,8 +409,9 @@ def draw_kernel(
 
 
 def _config(vocab_size: int) -> dict[str, int]:
-    segment = min(4096, max(32, triton.next_power_of_2(vocab_size)))
-    return {"segment": segment, "num_warps": 8 if segment == 4096 else 4, "levels": 16, "lanes": 1024, "row_warps": 8}
+    largest = 2048 if vocab_size <= 1 << 17 else 4096  # at most 64 segments: the last kernel holds one number of each
+    segment = min(largest, max(32, triton.next_power_of_2(vocab_size)))
+    return {"segment": segment, "num_warps": 8 if segment > 2048 else 4, "levels": 16, "lanes": 1024, "row_warps": 8}
 
 
 def _bucket(vocab_size: int) -> str:

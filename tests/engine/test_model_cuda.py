@@ -114,12 +114,13 @@ def test_recorded_decodes_equal_launched_ones(name, tmp_path):
 
 
 def test_a_generator_that_is_gone_leaves_its_memory_to_the_next():
-    """Its KV cache stays in torch's pool, which a cap on the process would otherwise still count."""
+    """Its KV cache stays in torch's pool, which a cap on the process would otherwise still count. What libraries keep
+    for the process, workspaces of products above all, does count."""
     pages = []
-    for _ in range(2):
+    for _ in range(3):
         model = Model.random(SHAPES["smollm2-135m"], 0, dtype=torch.bfloat16, device="cuda")
         generator = Generator(model, None, EngineConfig(memory_bytes=3 << 30))
         generator.generate([[5, 9, 11]], SamplingParams(max_tokens=4, ignore_eos=True))
         pages.append(generator.plan.num_pages)
         del generator, model
-    assert pages[0] == pages[1] > 1000
+    assert pages[0] > 1000 and pages[1] == pages[2] > 0.4 * pages[0]
