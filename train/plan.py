@@ -332,10 +332,11 @@ def plan_tuning(
 
     def saved_at(count: int, shape: BatchShape, sizes: list[int]) -> tuple[int, int]:
         """Bytes saved at the end of the forward pass, and at the widest moment of the backward pass."""
-        inputs = _inputs_bytes(config, shape, dtype, count)
-        kept = inputs + sum(sizes[count:])
-        # The last recomputed block is alive as a whole beside the inputs of those before it.
-        return kept, max(kept, inputs + max(sizes[:count], default=0))
+        inputs = [_inputs_bytes(config, shape, dtype, i) for i in range(count + 1)]
+        kept = inputs[count] + sum(sizes[count:])
+        # A recomputed block is alive as a whole beside the inputs of those before it; of those after it nothing is
+        # left, which counts for the block before the last, where that has fewer rows.
+        return kept, max([kept, *(inputs[i + 1] + sizes[i] for i in range(count))])
 
     def at(count: int) -> TuningPlan:
         _, saved = saved_at(count, batch, sizes)
