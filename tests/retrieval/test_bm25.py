@@ -1,6 +1,9 @@
 """BM25 against its formula written out, ties, and files."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 from specialize.retrieval.bm25 import BM25, K1, B, words
@@ -71,3 +74,18 @@ def test_fusion():
     assert reciprocal_rank_fusion([[1], [2]]) == reciprocal_rank_fusion([[2], [1]])
     assert reciprocal_rank_fusion([[1], [2]], weights=[1, 2])[0][0] == 2
     assert reciprocal_rank_fusion([]) == []
+
+
+def test_jax_is_left_alone(tmp_path):
+    """bm25s imports JAX where there is one, which takes most of a GPU's memory; later it can be had as ever."""
+    (tmp_path / "jax").mkdir()
+    (tmp_path / "jax" / "__init__.py").write_text("print('taken')")
+    (tmp_path / "jax" / "lax.py").write_text("")
+    code = (
+        "import specialize.retrieval.bm25 as bm25; print('built', bm25.BM25.build(['one two']).count); import jax.lax"
+    )
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["built", "1", "taken"], done.stderr
