@@ -28,6 +28,7 @@ from specialize.errors import InputError
 
 from ..engine import shapes
 from ..engine.generator import Generator, Stats, choose_device, choose_dtype
+from ..engine.memory import free_unused
 from ..engine.model import Model
 from ..engine.runner import Runner
 from ..engine.sampler import SamplingParams
@@ -312,8 +313,8 @@ def gpu_suite(seconds: float, out: Path) -> int:
             break
         try:
             if generator is None or name != model:
-                generator = None  # before the next one plans with the memory that is free
-                torch.cuda.empty_cache()
+                generator = None  # before the next one's weights need the room
+                free_unused("cuda")
                 name, generator = model, load_generator(model, "bf16", "cuda", EngineConfig())
             workload = make_workload(
                 None, generator.model.config.vocab_size, batch=batch, prompt_tokens=prompt_tokens,

@@ -22,13 +22,11 @@ if TYPE_CHECKING:
         constexpr = Any
 
     triton: Any
-    cuda: Any
 
 
 try:
     triton = importlib.import_module("triton")
     tl = importlib.import_module("triton.language")  # pyright: ignore
-    cuda = importlib.import_module("triton.language.extra.cuda")
     HAS_TRITON = True
 except ImportError:
     HAS_TRITON = False
@@ -49,7 +47,7 @@ except ImportError:
             return 1 << max(n - 1, 0).bit_length()
 
     triton = _AbsentTriton()
-    tl = cuda = None  # pyright: ignore
+    tl = None  # pyright: ignore
 
 
 def choose_backend(

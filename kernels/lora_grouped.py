@@ -12,8 +12,7 @@ import torch
 from torch.nn.functional import linear
 
 from . import cpu_blocks
-from .dispatch import bad_argument, choose_backend, cuda, tl, triton
-from .lora_gemm import capability
+from .dispatch import bad_argument, choose_backend, tl, triton
 from .spec import Case, CompileCase, KernelSpec
 from .tuning import tuned_config
 
@@ -81,13 +80,8 @@ def _adapter_of(token, adapter_ptr, starts_ptr, T, B, BLOCK_B: tl.constexpr):
 
 
 @triton.jit
-def _shrink_token_kernel(
-    x_ptr, a_ptr, adapter_ptr, h_ptr, T, K, stride_x, R: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr
-):
+def _shrink_token_kernel(x_ptr, a_ptr, adapter_ptr, h_ptr, T, K, stride_x, R: tl.constexpr, BK: tl.constexpr):
     """h [split, T, R] = x[t, split's channels] · A_nᵀ, one token and one share of the channels a program."""
-    if EARLY:
-        cuda.gdc_wait()
-        cuda.gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     adapter = tl.load(adapter_ptr + token).to(tl.int64)
     if adapter >= 0:
@@ -114,7 +108,6 @@ def _expand_token_kernel(
     SPLITS: tl.constexpr,
     SPLIT_BLOCK: tl.constexpr,
     BN: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """y[t, columns] += scale · (Σ_split h) · B_nᵀ."""
     token = tl.program_id(0).to(tl.int64)
@@ -125,16 +118,11 @@ def _expand_token_kernel(
         split = tl.arange(0, SPLIT_BLOCK)
         at = (split[:, None] * tl.cast(T, tl.int64) + token) * R + rank[None, :]
         b = tl.load(b_ptr + (adapter * N + column)[:, None] * R + rank[None, :], mask=(column < N)[:, None], other=0.0)
-        scale = tl.load(scale_ptr + adapter)
+        h = tl.sum(tl.load(h_ptr + at, mask=(split < SPLITS)[:, None], other=0.0), axis=0)
+        update = tl.sum(b.to(tl.float32) * (h * tl.load(scale_ptr + adapter))[None, :], axis=1)
         target = y_ptr + token * stride_y + column
         y = tl.load(target, mask=column < N, other=0.0).to(tl.float32)
-        if EARLY:
-            cuda.gdc_wait()
-        h = tl.sum(tl.load(h_ptr + at, mask=(split < SPLITS)[:, None], other=0.0), axis=0)
-        update = tl.sum(b.to(tl.float32) * (h * scale)[None, :], axis=1)
         tl.store(target, (y + update).to(y_ptr.dtype.element_ty), mask=column < N)
-    elif EARLY:
-        cuda.gdc_wait()  # no program may end before shrink has: what follows in the stream counts on both
 
 
 @triton.jit
@@ -164,12 +152,8 @@ def _shrink_adapter_kernel(
     BLOCK_T: tl.constexpr,
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """h [split, T, R] = x · A_nᵀ over one share of the channels, for all tokens of one adapter: A is read once."""
-    if EARLY:
-        cuda.gdc_wait()
-        cuda.gdc_launch_dependents()
     adapter = tl.program_id(0)
     channel = tl.program_id(1) * BK + tl.arange(0, BK)
     rank = tl.arange(0, R)
@@ -206,7 +190,6 @@ def _expand_adapter_kernel(
     BLOCK_T: tl.constexpr,
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """y[tokens of one adapter, columns] += scale · (Σ_split h) · B_nᵀ: B is read once."""
     adapter = tl.program_id(0)
@@ -224,8 +207,6 @@ def _expand_adapter_kernel(
             target = y_ptr + row * stride_y + column[None, :]
             mask = (row >= 0) & inside[None, :]
             y = tl.load(target, mask=mask, other=0.0).to(tl.float32)
-            if EARLY:
-                cuda.gdc_wait()
             h = tl.zeros((GROUP, R), dtype=tl.float32)
             for split in tl.static_range(SPLITS):
                 h += tl.load(h_ptr + (split * tl.cast(T, tl.int64) + row) * R + rank[None, :], mask=row >= 0, other=0.0)
@@ -234,8 +215,6 @@ def _expand_adapter_kernel(
             first += GROUP
             if first < count:
                 place, count = _members(adapter_ptr, adapter, first, T, BLOCK_T, GROUP)
-    elif EARLY:
-        cuda.gdc_wait()  # no program may end before shrink has: what follows in the stream counts on both
 
 
 @triton.jit
@@ -317,10 +296,7 @@ def _expand_tile_kernel(
 
 
 MAX_DECODE_TOKENS = 512
-# EARLY: Hopper and later start a kernel before the one ahead of it has ended (programmatic dependent launch). Shrink
-# waits for the end first of all and only then lets expand start, so all that expand reads before its own wait, which is
-# for h, was complete when shrink began.
-DECODE_DEFAULT = {"BY_TOKEN": True, "BK": 1024, "BN": 512, "shrink_warps": 8, "expand_warps": 8, "EARLY": False}
+DECODE_DEFAULT = {"BY_TOKEN": True, "BK": 1024, "BN": 512, "shrink_warps": 8, "expand_warps": 8}
 TILE_DEFAULT = {"BT": 16, "BK": 128, "BN": 128, "warps": 4, "stages": 3}
 
 
@@ -348,21 +324,9 @@ def _add_triton(y, x, a, b, scalings, adapter_index, query_starts, max_query_len
         splits = triton.cdiv(num_in, bk)
         bn = max(32, config["BN"] * 16 // rank)
         h = torch.empty(splits, num_tokens, rank, dtype=torch.float32, device=x.device)
-        early = config["EARLY"] and x.is_cuda and capability(x) >= 90
-        launch = {"EARLY": early, "launch_pdl": True} if early else {"EARLY": False}
         if config["BY_TOKEN"]:
             _shrink_token_kernel[(num_tokens, splits)](
-                x,
-                a,
-                adapter_index,
-                h,
-                num_tokens,
-                num_in,
-                x.stride(0),
-                R=rank,
-                BK=bk,
-                num_warps=config["shrink_warps"],
-                **launch,
+                x, a, adapter_index, h, num_tokens, num_in, x.stride(0), R=rank, BK=bk, num_warps=config["shrink_warps"]
             )
             _expand_token_kernel[(num_tokens, triton.cdiv(num_out, bn))](
                 y,
@@ -378,7 +342,6 @@ def _add_triton(y, x, a, b, scalings, adapter_index, query_starts, max_query_len
                 SPLIT_BLOCK=triton.next_power_of_2(splits),
                 BN=bn,
                 num_warps=config["expand_warps"],
-                **launch,
             )
             return y
         common = {
@@ -386,7 +349,6 @@ def _add_triton(y, x, a, b, scalings, adapter_index, query_starts, max_query_len
             "BLOCK_T": max(16, triton.next_power_of_2(num_tokens)),
             "GROUP": 16,
             "PRECISION": precision,
-            **launch,
         }
         _shrink_adapter_kernel[(a.shape[0], splits)](
             x,
@@ -565,8 +527,7 @@ def _compile_cases(target: int) -> list[CompileCase]:
     cases = []
     for rank in (16, 64):
         decode, tile = DECODE_DEFAULT, TILE_DEFAULT
-        early = target >= 90
-        group = {"R": rank, "BLOCK_T": 64, "GROUP": 16, "PRECISION": "tf32", "EARLY": early}
+        group = {"R": rank, "BLOCK_T": 64, "GROUP": 16, "PRECISION": "tf32"}
         cases += [
             CompileCase(
                 f"shrink, decode by token, R={rank}",
@@ -578,7 +539,7 @@ def _compile_cases(target: int) -> list[CompileCase]:
                     "h_ptr": "*fp32",
                     **dict.fromkeys(("T", "K", "stride_x"), "i32"),
                 },
-                {"R": rank, "BK": decode["BK"] * 16 // rank, "EARLY": early},
+                {"R": rank, "BK": decode["BK"] * 16 // rank},
                 num_warps=decode["shrink_warps"],
                 attrs={"K": 16, "stride_x": 16},
             ),
@@ -593,7 +554,7 @@ def _compile_cases(target: int) -> list[CompileCase]:
                     "adapter_ptr": "*i32",
                     **dict.fromkeys(("T", "N", "stride_y"), "i32"),
                 },
-                {"R": rank, "SPLITS": 8, "SPLIT_BLOCK": 8, "BN": decode["BN"] * 16 // rank, "EARLY": early},
+                {"R": rank, "SPLITS": 8, "SPLIT_BLOCK": 8, "BN": decode["BN"] * 16 // rank},
                 num_warps=decode["expand_warps"],
                 attrs={"N": 16, "stride_y": 16},
             ),

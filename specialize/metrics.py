@@ -123,17 +123,18 @@ def micro_f1_statistic(rows: np.ndarray) -> np.ndarray:
     return np.where(said + wanted > 0, 2 * correct / np.maximum(said + wanted, 1), 1.0)
 
 
+def _in_parts(resamples: int, n: int) -> list[int]:
+    """``resamples`` of ``n`` examples in parts of bounded memory; a generator's draws are the same as in one."""
+    at_once = max(1, _DRAWS_AT_ONCE // n)
+    return [min(at_once, resamples - start) for start in range(0, resamples, at_once)]
+
+
 def resample(rows: np.ndarray, statistic: Statistic, *, seed: int, resamples: int = 2000) -> np.ndarray:
     """Bootstrap values [resamples] of a statistic of ``rows`` [n, columns]; the same seed draws the same examples,
     so that values of two systems on the same examples are paired."""
-    generator = np.random.default_rng(seed)
-    at_once = max(
-        1, _DRAWS_AT_ONCE // len(rows)
-    )  # examples drawn take no more memory than this; the draws are the same
-    counts = [min(at_once, resamples - start) for start in range(0, resamples, at_once)]
-    return np.concatenate(
-        [statistic(rows[generator.integers(0, len(rows), size=(count, len(rows)))]) for count in counts]
-    )
+    generator, n = np.random.default_rng(seed), len(rows)
+    picks = (generator.integers(0, n, size=(count, n)) for count in _in_parts(resamples, n))
+    return np.concatenate([statistic(rows[picked]) for picked in picks])
 
 
 def permuted(
@@ -142,11 +143,10 @@ def permuted(
     """Differences [resamples] of a statistic of two systems' rows [n, columns] on the same examples, with the two
     exchanged in a random half of the examples: what the difference would be if it did not matter who answered
     (approximate randomization, Noreen 1989)."""
-    generator = np.random.default_rng(seed)
-    at_once = max(1, _DRAWS_AT_ONCE // len(one))
+    generator, n = np.random.default_rng(seed), len(one)
     found = []
-    for start in range(0, resamples, at_once):
-        swapped = generator.random((min(at_once, resamples - start), len(one), 1)) < 0.5
+    for count in _in_parts(resamples, n):
+        swapped = generator.random((count, n, 1)) < 0.5
         found.append(statistic(np.where(swapped, other, one)) - statistic(np.where(swapped, one, other)))
     return np.concatenate(found)
 

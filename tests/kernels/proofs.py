@@ -26,8 +26,11 @@ def worst_row_error(out: torch.Tensor, truth: torch.Tensor) -> float:
 
 def assert_as_good(ours: torch.Tensor, reference: torch.Tensor, truth: torch.Tensor, what: str = "") -> None:
     """Ours may err at most twice as much as the reference at the same dtype, plus that dtype's eps."""
-    error = worst_row_error(ours, truth)
-    allowed = 2 * worst_row_error(reference, truth) + torch.finfo(ours.dtype).eps
+    _assert_within(worst_row_error(ours, truth), worst_row_error(reference, truth), ours.dtype, what)
+
+
+def _assert_within(error: float, references: float, dtype: torch.dtype, what: str) -> None:
+    allowed = 2 * references + torch.finfo(dtype).eps
     assert error <= allowed, f"{what}: worst row's error {error:.2e}, allowed {allowed:.2e}"
 
 
@@ -92,6 +95,4 @@ def prove(spec, case, dtype: torch.dtype, *, device: str = "cpu", seed: int = 0)
             errors[number] = max(worst[0], worst_row_error(a, c)), max(worst[1], worst_row_error(b, c))
         done += 1
     for number, (error, references) in errors.items():
-        allowed = 2 * references + torch.finfo(ours[number].dtype).eps
-        what = f"{spec.op} {dict(case)} result {number}"
-        assert error <= allowed, f"{what}: worst row's error {error:.2e}, allowed {allowed:.2e}"
+        _assert_within(error, references, ours[number].dtype, f"{spec.op} {dict(case)} result {number}")
