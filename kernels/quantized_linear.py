@@ -221,7 +221,6 @@ def _channel_kernel(
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     x_row = x_ptr + token.to(tl.int64)[:, None] * stride_x + within[None, :]
     w_row = w_ptr + channel[:, None] * stride_w + within[None, :]
-    scale = tl.load(scale_ptr + channel, mask=inside, other=0.0)[:, None]
     acc = tl.zeros((BN, BT), dtype=tl.float32)
     first = tl.program_id(1) * k_per_split
     for k in tl.range(first, min(first + k_per_split, K), BK):
@@ -240,11 +239,12 @@ def _channel_kernel(
         if PRECISION == "ieee":
             # One running sum over thousands of products would lose three bits of fp32. The compiler makes one of a
             # plain addition of dots; of scaled ones it cannot.
+            scale = tl.load(scale_ptr + channel, mask=inside, other=0.0)[:, None]
             acc += tl.dot(w, x.T, input_precision=PRECISION) * scale
         else:
             acc = tl.dot(w, x.T, acc, input_precision=PRECISION)
     if PRECISION != "ieee":
-        acc *= scale
+        acc *= tl.load(scale_ptr + channel, mask=inside, other=0.0)[:, None]
     _finish(acc, token, channel, T, N, bias_ptr, y_ptr, parts_ptr, counter_ptr, HAS_BIAS, SPLITS)
 
 

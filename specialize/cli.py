@@ -916,6 +916,12 @@ def evaluate(common: Common, run: Path | None, redo: bool, settings: tuple[str, 
                 f"eval: --kv-dtype {o['kv_dtype']} goes with --model; of a RUN: specialize run --out {run} "
                 f"--kv-dtype {o['kv_dtype']} --redo"
             )
+        given = click.get_current_context().get_parameter_source
+        for name in ("model", "adapter", "quantize", "tasks", "shots", "limit", "max_tokens", "seed", "out"):
+            if given(name) != click.core.ParameterSource.DEFAULT:
+                settable = name in ("shots", "limit", "max_tokens")
+                hint = f"of a RUN: --set evaluate.{name}=… --redo" if settable else "a RUN has its own"
+                raise InputError(f"eval: --{name.replace('_', '-')} goes with --model; {hint}")
         options = {name: o[name] for name in ("workers", "ray", "memory_bytes", "log_level")}
         _run_stage(common, run, "evaluate", redo, settings=settings, **options)
         return

@@ -893,7 +893,7 @@ class Run:
             and (self._teacher_is_shown() or not self.recipe.tune.demonstrations)
             and abs(teacher.info["tokens"] - wanted) <= EQUAL_TOKENS * wanted
         ):
-            found = teacher.info | {"adapter_path": str(self.folder / "teacher"), "same_as": "teacher"}
+            found = teacher.info | {"same_as": "teacher"}
         elif taken := self._taken_over(
             "control", accept=lambda info: info.get("wanted_tokens") == wanted and "same_as" not in info
         ):
@@ -911,7 +911,8 @@ class Run:
         if self.recipe.evaluate.teacher and "teacher" in done and done.get("control", {}).get("same_as") != "teacher":
             controls["teacher"] = str(self.folder / "teacher")
         if "control" in done:
-            controls["seeds"] = done["control"]["adapter_path"]
+            same = done["control"].get("same_as") == "teacher"
+            controls["seeds"] = str(self.folder / ("teacher" if same else "control"))
         labels = control_names([self.recipe.tune.teacher_epochs] if "teacher" in controls else [])
         found += [System(name, path, _adapter_identity(path), labels[name]) for name, path in controls.items()]
         for round in range(1, self.recipe.rounds + 1):

@@ -42,10 +42,7 @@ class Donors:
             if survey(target, [where]) != artefacts:  # changed since, or made before hashes were kept
                 shutil.rmtree(target / where)
                 continue
-            info = stage.info | {"taken_from": donor.name}
-            if "adapter_path" in info:
-                info["adapter_path"] = str(target / where)
-            return info
+            return stage.info | {"taken_from": donor.name}
         return None
 
     @staticmethod

@@ -111,6 +111,16 @@ def test_labels_taken_as_text_are_told_once(tiny, tmp_path, capsys):
     assert (tmp_path / "run" / "run.log").read_text().count("answers are taken as free text") == 1
 
 
+def test_a_run_folder_may_be_elsewhere_than_it_was_made(tiny, finished, tmp_path):
+    """Its control is found in it, not where the ledger says that it was written."""
+    folder = tmp_path / "moved"
+    shutil.copytree(finished[0], folder)
+    with sealed_ledger(folder / "ledger.sqlite") as ledger:
+        ledger.end_stage("control", dict(ledger.stages()["control"].info) | {"adapter_path": "gone"})
+        ledger.forget_stages(["evaluate"])
+    assert open_run(tiny, folder).execute()["systems"].keys() == {"base", "seeds", "expert"}
+
+
 def without(key):
     def change(ledger, stage):
         found = dict(ledger.stages()[stage].info)
@@ -124,7 +134,6 @@ def without(key):
     ("command", "stage", "change", "says"),
     [
         ("run", "tune", without("tokens"), 'an object has no "tokens"'),
-        ("run", "control", without("adapter_path"), 'an object has no "adapter_path"'),
         ("run", "control", without("wanted_tokens"), 'an object has no "wanted_tokens"'),
         ("compare", "tune", without("tokens"), 'an object has no "tokens"'),
         ("report", "tune", lambda ledger, stage: ledger.end_stage(stage, {"tokens": "x"}), '"tokens" of stage tune is'),
